@@ -1,0 +1,238 @@
+"""Claims of the paper, each with the rule that will judge it, fixed before the run it judges.
+
+A rule names one metric whose sign the paper predicts. An *effect* is that metric in one seed, which redraws
+labels, ensemble and training. ``verdicts`` turns effects into *holds*, *fails* or *open*.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one claim is judged.
+
+    ``effect`` says what is measured, positive where the paper is right. An interval inside ± ``margin``
+    counts as no effect. With ``equivalence`` the claim *is* that there is none. ``min_n``: pairs that the
+    smallest cell must hold. ``by_construction`` says what would be true without any reward model.
+    """
+
+    claim: str
+    says: str
+    source: str
+    effect: str
+    margin: float
+    equivalence: bool = False
+    min_n: int = 50
+    by_construction: str = ""
+
+
+RULES: dict[str, dict[str, Rule]] = {
+    "01_preference_strength": {
+        rule.claim: rule
+        for rule in (
+            Rule(
+                "1",
+                "About a quarter of the training pairs get a mean below zero from models trained on them",
+                "Figs 1-2",
+                "share of means below zero, less 0.15",
+                margin=0.02,
+            ),
+            Rule(
+                "2",
+                "The spread among members is U-shaped in the mean",
+                "Figs 1-2",
+                "spread in the lower of the two end bands over the spread in the middle four of 20 bands, less 1",
+                margin=0.05,
+            ),
+            Rule(
+                "3",
+                "The share of right labels rises with the mean",
+                "Fig 3",
+                "smallest rise from one fifth of the means to the next",
+                margin=0.01,
+            ),
+            Rule(
+                "4",
+                "Trained on the weakest two tenths alone, a reward model is worse than chance",
+                "Fig 4",
+                "0.5 less the validation accuracy of tenths 1-2",
+                margin=0.01,
+            ),
+            Rule(
+                "5",
+                "Trained on tenths 3-4 alone, it is at chance",
+                "Fig 4",
+                "validation accuracy of tenths 3-4, less 0.5",
+                margin=0.07,
+                equivalence=True,
+            ),
+            Rule(
+                "6",
+                "Tenths 6-9 are the best to train on, the strongest tenth is not",
+                "Fig 4",
+                "validation accuracy of tenths 6-9, less that of tenth 10",
+                margin=0.01,
+            ),
+            Rule(
+                "7",
+                "With their labels flipped, the weakest two tenths become useful",
+                "Fig 5",
+                "validation accuracy of flipped tenths 1-2, less 0.5",
+                margin=0.01,
+                by_construction="flipping every label of a slice negates the function learned: follows from claim 4",
+            ),
+            Rule(
+                "22",
+                "Over the epochs rewards inflate faster than they separate",
+                "Fig 20",
+                "log growth of the rewards' standard deviation less that of their mean gap, first to last epoch, "
+                "on validation pairs",
+                margin=0.05,
+            ),
+            Rule(
+                "23a",
+                "Growing from the weakest end, much good data is needed to overcome the bad",
+                "Fig 21",
+                "validation accuracy of a random half, less that of the weakest half, at equal epochs",
+                margin=0.01,
+            ),
+            Rule(
+                "23b",
+                "Without the weakest pairs, accuracy does not decay over the epochs",
+                "Fig 22",
+                "loss of validation accuracy from first to last epoch on all pairs, less the same on the strongest",
+                margin=0.01,
+            ),
+        )
+    }
+}
+
+
+# ---------------------------------------------------------------- evidence
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Effects of one claim: one value a seed, and bootstrap draws where the test data are drawn as well."""
+
+    effects: np.ndarray
+    n: int
+    draws: np.ndarray | None = None
+
+    @property
+    def estimate(self) -> float:
+        """Mean effect over seeds."""
+        return float(np.mean(self.effects))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Two-sided interval: Student's t over seeds, or percentiles of the draws."""
+        if self.draws is not None:
+            low, high = np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2])
+            return float(low), float(high)
+        if len(self.effects) < 2:
+            return -np.inf, np.inf
+        half = stats.t.ppf((1 + level) / 2, len(self.effects) - 1) * stats.sem(self.effects)
+        return self.estimate - half, self.estimate + half
+
+    def p_value(self, rule: Rule) -> float:
+        """Two-sided p-value: the smallest 1 - level at which the interval would decide for the claim.
+
+        That is a test of no effect, or, for an equivalence claim, of an effect beyond ± the margin.
+        """
+        if rule.equivalence:
+            return max(self._beyond(-rule.margin, below=True), self._beyond(rule.margin, below=False))
+        return min(self._beyond(0.0, below=True), self._beyond(0.0, below=False))
+
+    def _beyond(self, bound: float, *, below: bool) -> float:
+        """Twice the evidence that the effect lies ``below`` (or above) ``bound``."""
+        if self.draws is not None:
+            beyond = np.mean(self.draws <= bound) if below else np.mean(self.draws >= bound)
+            return float(min(1.0, 2 * max(beyond, 1 / len(self.draws))))
+        if len(self.effects) < 2:
+            return 1.0
+        away = (self.estimate - bound) * (1 if below else -1)
+        error = stats.sem(self.effects)
+        if error == 0:
+            return float(away <= 0)
+        return float(min(1.0, 2 * stats.t.sf(away / error, len(self.effects) - 1)))
+
+    def seeds_needed(self, distance: float, level: float) -> float:
+        """Seeds at which the interval's half width falls below ``distance``, from today's spread; NaN if unknown."""
+        if self.draws is not None or len(self.effects) < 2 or distance <= 0:
+            return np.nan
+        spread = np.std(self.effects, ddof=1)
+        for n in range(2, 1000):
+            if stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n) < distance:
+                return float(n)
+        return np.inf
+
+
+def holm_levels(p_values: Mapping[str, float], alpha: float = ALPHA) -> dict[str, float]:
+    """Confidence level of each claim's interval under Holm's step-down correction within a chapter.
+
+    Sorted by p-value, claim k of m is judged at 1 - alpha / (m - k) until one is not rejected; from there
+    on all keep that level.
+    """
+    levels, divisor = {}, len(p_values)
+    for name in sorted(p_values, key=p_values.__getitem__):
+        levels[name] = 1 - alpha / divisor
+        if p_values[name] <= alpha / divisor and divisor > 1:
+            divisor -= 1
+    return levels
+
+
+def verdict(rule: Rule, evidence: Evidence, level: float = 1 - ALPHA) -> str:
+    """*holds*, *fails* or *open* for one claim, from its interval at ``level``."""
+    if evidence.n < rule.min_n:
+        return "open"
+    low, high = evidence.interval(level)
+    inside = -rule.margin < low and high < rule.margin
+    if rule.equivalence:
+        if inside:
+            return "holds"
+        return "fails" if low > rule.margin or high < -rule.margin else "open"
+    if low > 0 and not inside:
+        return "holds"
+    return "fails" if high < 0 or inside else "open"
+
+
+def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
+    """The chapter's claims as a table: effect, interval at the corrected level, verdict, seeds that would decide.
+
+    Raises ``KeyError`` when a rule has no evidence or evidence has no rule.
+    """
+    rules = RULES[chapter]
+    if set(rules) != set(evidence):
+        raise KeyError(f"claims without evidence or rule: {sorted(set(rules) ^ set(evidence))}")
+    levels = holm_levels({claim: item.p_value(rules[claim]) for claim, item in evidence.items()})
+    rows = []
+    for claim, rule in rules.items():
+        item, level = evidence[claim], levels[claim]
+        low, high = item.interval(level)
+        decision = verdict(rule, item, level)
+        distance = rule.margin - abs(item.estimate) if rule.equivalence else abs(item.estimate)
+        rows.append(
+            {
+                "claim": claim,
+                "says": rule.says,
+                "source": rule.source,
+                "effect": rule.effect,
+                "estimate": item.estimate,
+                "low": low,
+                "high": high,
+                "level": level,
+                "seeds": len(item.effects),
+                "n": item.n,
+                "verdict": decision,
+                "seeds_to_decide": item.seeds_needed(distance, level) if decision == "open" else np.nan,
+                "by_construction": rule.by_construction,
+            }
+        )
+    return pd.DataFrame(rows)

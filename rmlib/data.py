@@ -1,0 +1,314 @@
+"""Preference sets: where they come from, how labels are drawn, and how pairs become batches.
+
+A *pair set* holds two responses a prompt and what people or the world say of them, without a label. A
+seed draws the label and so turns it into a *preference set*: a ``datasets.Dataset`` with ``pair_id,
+prompt_id, prompt, chosen, rejected, chosen_id, rejected_id, subset, split`` and its truth, either
+``gold_chosen, gold_rejected`` (the world) or ``votes`` (people: +1, 0 or -1 for every vote but the label).
+"""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rmlib import world
+
+# ---------------------------------------------------------------- pair sets
+
+
+def world_pairs(prompts: Sequence[dict], seed: int, responses_per_prompt: int) -> list[dict]:
+    """Pair set of the miniature world for the splits that hold preferences."""
+    rows = [row for row in prompts if row["split"] in ("train", "validation", "test", "ood")]
+    return world.write_pairs(rows, seed, responses_per_prompt)
+
+
+def convarg_pairs(folder: str | Path, *, n_ood_debates: int, seed: int) -> list[dict]:
+    """Pair set of UKPConvArg1 (Habernal and Gurevych 2016) from its published XML, one row a pair.
+
+    The prompt is debate and stance; ``n_ood_debates`` whole debates, both stances of each, are drawn for
+    split ``ood``, the others are ``train``. Pairs of identical texts are left out and counted.
+    Raises ``FileNotFoundError`` for a folder without XML and ``ValueError`` naming the file and pair that
+    cannot be read.
+    """
+    paths = sorted(Path(folder).glob("*.xml"))
+    if not paths:
+        raise FileNotFoundError(f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says")
+    rows = [row for path in paths for row in _convarg_file(path)]
+    debates = sorted({row["subset"] for row in rows})
+    ood = set(np.random.default_rng(seed).choice(debates, n_ood_debates, replace=False).tolist())
+    distinct = [row for row in rows if row["response_a"] != row["response_b"]]
+    print(f"UKPConvArg1: {len(rows)} pairs in {len(debates)} debates, {len(ood)} of them held out")
+    print(f"  left out, identical texts: {len(rows) - len(distinct)}")
+    return [row | {"split": "ood" if row["subset"] in ood else "train"} for row in distinct]
+
+
+def _convarg_file(path: Path) -> Iterator[dict]:
+    try:
+        pairs = ET.parse(path).getroot()
+    except ET.ParseError as error:
+        raise ValueError(f"{path}: not readable as XML ({error})") from None
+    for n, pair in enumerate(pairs):
+        get = {field: pair.findtext(field) for field in ("id", "arg1/text", "arg2/text", "arg1/id", "arg2/id")}
+        get |= {field: pair.findtext(field) for field in ("debateMetaData/title", "arg1/stance")}
+        votes = [vote.findtext("value") for vote in pair.iter("mTurkAssignment")]
+        missing = [field for field, value in get.items() if not (value or "").strip()]
+        if missing or not votes or not set(votes) <= {"a1", "a2", "equal"}:
+            problem = f"missing {', '.join(missing)}" if missing else f"votes {votes}"
+            raise ValueError(f"{path}: pair {n} ({get['id']}): {problem}")
+        prompt = f"{get['debateMetaData/title'].strip()} | {get['arg1/stance'].strip()}"
+        yield {
+            "pair_id": f"{path.stem}/{get['id']}",
+            "prompt_id": path.stem,
+            "prompt": prompt,
+            "response_a": get["arg1/text"].strip(),
+            "response_b": get["arg2/text"].strip(),
+            "id_a": f"{path.stem}/{get['arg1/id']}",
+            "id_b": f"{path.stem}/{get['arg2/id']}",
+            "ballots": [{"a1": 1, "a2": -1, "equal": 0}[vote] for vote in votes],
+            "subset": get["debateMetaData/title"].strip(),
+        }
+
+
+# ---------------------------------------------------------------- labels
+
+
+def draw_labels(pairs: Sequence[dict], seed: int, annotator: world.Annotator | None = None) -> Dataset:
+    """Preference set in which one person labels each pair; ``seed`` redraws all labels.
+
+    In the world the person is ``annotator``. On people's ballots the label is one vote drawn among a pair's
+    decisive ones, and ``votes`` holds the *other* votes as seen from the label, so that no label is part of
+    its own truth; a pair without a decisive vote is left out and counted.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [_ballot_row(pair, rng) if "ballots" in pair else _world_row(pair, rng, annotator) for pair in pairs]
+    kept = [row for row in rows if row is not None]
+    if len(kept) < len(rows):
+        print(f"  left out, no decisive vote: {len(rows) - len(kept)}")
+    return Dataset.from_list(kept)
+
+
+def _world_row(pair: dict, rng: np.random.Generator, annotator: world.Annotator | None) -> dict:
+    prefers_a = bool((annotator or world.Annotator()).prefers_a(pair, rng)[0])
+    chosen, rejected = ("a", "b") if prefers_a else ("b", "a")
+    gold = {"gold_chosen": pair[f"gold_{chosen}"], "gold_rejected": pair[f"gold_{rejected}"]}
+    return _ordered(pair, chosen, rejected) | gold
+
+
+def _ballot_row(pair: dict, rng: np.random.Generator) -> dict | None:
+    decisive = np.flatnonzero(pair["ballots"])
+    if len(decisive) == 0:
+        return None
+    drawn = rng.choice(decisive)
+    label = pair["ballots"][drawn]
+    others = [label * vote for i, vote in enumerate(pair["ballots"]) if i != drawn]
+    return _ordered(pair, *(("a", "b") if label == 1 else ("b", "a"))) | {"votes": others}
+
+
+def _ordered(pair: dict, chosen: str, rejected: str) -> dict:
+    sides = {"chosen": chosen, "rejected": rejected}
+    texts = {side: pair[f"response_{k}"] for side, k in sides.items()}
+    ids = {f"{side}_id": pair[f"id_{k}"] for side, k in sides.items()}
+    return (
+        {name: pair[name] for name in ("pair_id", "prompt_id", "prompt")}
+        | texts
+        | ids
+        | {name: pair[name] for name in ("subset", "split")}
+    )
+
+
+def truth(preferences: Dataset) -> np.ndarray:
+    """True margin of each label: r* of chosen minus rejected, or the sum of the other votes.
+
+    Positive where the label is right, negative where it is wrong, 0 for a tie. Raises ``KeyError`` where
+    the set holds neither.
+    """
+    if "gold_chosen" in preferences.column_names:
+        return np.array(preferences["gold_chosen"]) - np.array(preferences["gold_rejected"])
+    if "votes" in preferences.column_names:
+        return np.array([sum(votes) for votes in preferences["votes"]], dtype=float)
+    raise KeyError("this preference set has no truth: neither gold_chosen, gold_rejected nor votes")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def length_batches(
+    lengths: np.ndarray, rows: np.ndarray, batch_size: int, rng: np.random.Generator, window: int = 16
+) -> list[np.ndarray]:
+    """One epoch of ``rows`` in random order, cut into batches of similar length.
+
+    Rows are shuffled, sorted by length inside windows of ``window`` batches, and the batches shuffled again.
+    """
+    shuffled = rng.permutation(rows)
+    span = window * batch_size
+    windows = (shuffled[start : start + span] for start in range(0, len(shuffled), span))
+    ordered = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def score_batches(lengths: np.ndarray, rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """``rows`` from short to long in batches, for scoring."""
+    ordered = rows[np.argsort(lengths[rows], kind="stable")]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+@dataclass(frozen=True)
+class CausalPairs:
+    """Token ids of pairs for a causal model: one row a pair, [prompt | chosen | rejected].
+
+    Chosen and rejected share their prompt's pass: the rejected response does not see the chosen one and its
+    positions restart after the prompt, so its reward equals that of a separate pass.
+    """
+
+    prompt: list[np.ndarray]
+    chosen: list[np.ndarray]
+    rejected: list[np.ndarray]
+    pad_id: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each pair's row, shape (pairs,)."""
+        parts = zip(self.prompt, self.chosen, self.rejected, strict=True)
+        return np.array([len(p) + len(c) + len(r) for p, c, r in parts])
+
+    def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
+        """Batch of ``rows``; where ``flipped`` (a mask over all pairs) is true, the two responses swap places."""
+        first = [self.rejected[i] if flipped[i] else self.chosen[i] for i in rows]
+        second = [self.chosen[i] if flipped[i] else self.rejected[i] for i in rows]
+        texts = [np.concatenate(parts) for parts in zip((self.prompt[i] for i in rows), first, second, strict=True)]
+        ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True, padding_value=self.pad_id)
+        prompt = torch.tensor([len(self.prompt[i]) for i in rows])[:, None]
+        middle = prompt + torch.tensor([len(tokens) for tokens in first])[:, None]
+        end = middle + torch.tensor([len(tokens) for tokens in second])[:, None]
+        at = torch.arange(ids.shape[1])[None]
+        in_second = at >= middle
+        hidden = in_second[:, :, None] & ((at >= prompt) & ~in_second)[:, None, :]
+        return {
+            "input_ids": ids,
+            "position_ids": torch.where(in_second, at - middle + prompt, at),
+            "attention_mask": ((at[:, :, None] >= at[:, None, :]) & ~hidden)[:, None],
+            "row": torch.arange(len(rows)).repeat(2),
+            "last": torch.cat([middle, end])[:, 0] - 1,
+        }
+
+
+@dataclass(frozen=True)
+class EncoderPairs:
+    """Token ids of pairs for an encoder: chosen rows first, then rejected ones, each with its prompt."""
+
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+    pad_id: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair's longer text, shape (pairs,)."""
+        return np.array([max(len(c), len(r)) for c, r in zip(self.chosen, self.rejected, strict=True)])
+
+    def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
+        """Batch of ``rows``; where ``flipped`` is true, the two responses swap places."""
+        first = [torch.tensor(self.rejected[i] if flipped[i] else self.chosen[i]) for i in rows]
+        second = [torch.tensor(self.chosen[i] if flipped[i] else self.rejected[i]) for i in rows]
+        ids = pad_sequence(first + second, batch_first=True, padding_value=self.pad_id)
+        length = torch.tensor([len(tokens) for tokens in first + second])[:, None]
+        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1])[None] < length).long()}
+
+
+@dataclass(frozen=True)
+class FeaturePairs:
+    """Cached features of pairs: ``features`` (responses, hidden) and each pair's two rows in it."""
+
+    features: Tensor
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """All the same: there is nothing to pad."""
+        return np.ones(len(self.chosen), dtype=int)
+
+    def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
+        """Batch of ``rows``; where ``flipped`` is true, the two responses swap places."""
+        first = np.where(flipped[rows], self.rejected[rows], self.chosen[rows])
+        second = np.where(flipped[rows], self.chosen[rows], self.rejected[rows])
+        return {"features": self.features[np.concatenate([first, second])]}
+
+
+def causal_pairs(preferences: Dataset, tokenizer, max_length: int) -> CausalPairs:
+    """Tokenize for a causal model: ``<bos> prompt <sep> response <eos>``, the separator where there is one.
+
+    Raises ``ValueError`` naming the first pair whose prompt and longer response exceed ``max_length``.
+    """
+    prompt = prompt_ids(list(preferences["prompt"]), tokenizer)
+    chosen = response_ids(list(preferences["chosen"]), tokenizer)
+    rejected = response_ids(list(preferences["rejected"]), tokenizer)
+    for i, (p, c, r) in enumerate(zip(prompt, chosen, rejected, strict=True)):
+        if len(p) + max(len(c), len(r)) > max_length:
+            raise ValueError(
+                f"pair {preferences['pair_id'][i]!r} (row {i}): {len(p)} prompt tokens and a response of "
+                f"{max(len(c), len(r))} exceed max_length {max_length}"
+            )
+    return CausalPairs(prompt, chosen, rejected, tokenizer.pad_token_id)
+
+
+def prompt_ids(prompts: list[str], tokenizer) -> list[np.ndarray]:
+    """Token ids of prompts: exactly one beginning-of-text token, and the separator where the tokenizer has one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+    return [np.array(start + ids + end) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+
+
+def response_ids(responses: list[str], tokenizer) -> list[np.ndarray]:
+    """Token ids of responses, the end-of-text token appended."""
+    ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    return [np.array([*tokens, tokenizer.eos_token_id]) for tokens in ids]
+
+
+def encoder_pairs(preferences: Dataset, tokenizer, max_length: int) -> EncoderPairs:
+    """Tokenize for an encoder; texts over ``max_length`` tokens are cut and counted."""
+    sides, cut = [], 0
+    for side in ("chosen", "rejected"):
+        ids = tokenizer(list(preferences["prompt"]), list(preferences[side]))["input_ids"]
+        cut += sum(len(tokens) > max_length for tokens in ids)
+        texts = (list(preferences["prompt"]), list(preferences[side]))
+        sides.append(tokenizer(*texts, truncation="only_second", max_length=max_length)["input_ids"])
+    if cut:
+        print(f"  cut to {max_length} tokens: {cut} of {2 * len(preferences)} texts")
+    return EncoderPairs(*sides, tokenizer.pad_token_id)
+
+
+def feature_pairs(preferences: Dataset, features: Tensor, ids: list[str]) -> FeaturePairs:
+    """Pairs over cached ``features`` whose rows belong to response ``ids``. Raises ``KeyError`` for an unknown id."""
+    place = {name: i for i, name in enumerate(ids)}
+    chosen, rejected = ([place[name] for name in preferences[f"{side}_id"]] for side in ("chosen", "rejected"))
+    return FeaturePairs(features, np.array(chosen), np.array(rejected))
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Token ids of prompts and answers for supervised fine-tuning."""
+
+    prompt: list[np.ndarray]
+    response: list[np.ndarray]
+    pad_id: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each demonstration, shape (demonstrations,)."""
+        return np.array([len(p) + len(r) for p, r in zip(self.prompt, self.response, strict=True)])
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Right-padded ``input_ids`` and ``loss_mask``, true on response tokens, both (batch, length)."""
+        texts = [torch.from_numpy(np.concatenate([self.prompt[i], self.response[i]])) for i in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
+        start = torch.tensor([len(self.prompt[i]) for i in rows])[:, None]
+        end = torch.tensor([len(text) for text in texts])[:, None]
+        at = torch.arange(ids.shape[1])[None]
+        return {"input_ids": ids, "loss_mask": (at >= start) & (at < end)}

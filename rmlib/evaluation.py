@@ -1,0 +1,87 @@
+"""Measuring reward models and votes: accuracy, detection of wrong labels, strength bands, calibration.
+
+A *margin* is the reward of chosen minus rejected; a *truth* the true margin of the label (positive where
+the label is right, 0 for a tie). Ties of the truth are left out of every share and counted apart.
+"""
+
+import numpy as np
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+
+def accuracy(margins: np.ndarray) -> float:
+    """Share of strictly positive margins: a tie of rewards is no success. NaN for no margins."""
+    return float(np.mean(margins > 0)) if len(margins) else float("nan")
+
+
+def gold_accuracy(margins: np.ndarray, truth: np.ndarray) -> float:
+    """Share of pairs that the reward model orders as the truth does, ties of the truth left out."""
+    decided = truth != 0
+    return accuracy(margins[decided] * np.sign(truth[decided]))
+
+
+def label_error(truth: np.ndarray) -> float:
+    """Share of wrong labels among the pairs whose truth is no tie."""
+    return float(np.mean(truth[truth != 0] < 0))
+
+
+def wrong_label_auroc(strength: np.ndarray, truth: np.ndarray) -> float:
+    """AUROC of low ``strength`` as a detector of wrong labels; 0.5 is chance, NaN where one class is missing."""
+    decided = truth != 0
+    wrong = truth[decided] < 0
+    return float(roc_auc_score(wrong, -strength[decided])) if wrong.any() and not wrong.all() else float("nan")
+
+
+def wrong_label_precision_recall(suspect: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Precision and recall of the mask ``suspect`` for wrong labels, ties of the truth left out."""
+    decided = truth != 0
+    precision, recall, _, _ = precision_recall_fscore_support(
+        truth[decided] < 0, suspect[decided], average="binary", zero_division=0
+    )
+    return float(precision), float(recall)
+
+
+def bands(values: np.ndarray, n: int) -> np.ndarray:
+    """Band 0 to ``n`` - 1 of each value, ascending, in groups of equal size (ties broken by position)."""
+    ranks = np.empty(len(values), dtype=int)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks * n // len(values)
+
+
+def band_means(values: np.ndarray, band: np.ndarray, n: int) -> np.ndarray:
+    """Mean of ``values`` in each of ``n`` bands, shape (n,); NaN for an empty band."""
+    with np.errstate(invalid="ignore"):
+        return np.bincount(band, weights=values, minlength=n) / np.bincount(band, minlength=n)
+
+
+def label_confirmed(truth: np.ndarray) -> np.ndarray:
+    """1 where the truth confirms the label, 0 where it contradicts it, NaN for a tie."""
+    return np.where(truth == 0, np.nan, (truth > 0).astype(float))
+
+
+def confirmed_by_band(strength: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
+    """Share of labels that the truth confirms, by band of ``strength``, shape (n,) (paper Fig 3)."""
+    band, right = bands(strength, n), label_confirmed(truth)
+    return np.array([np.nanmean(right[band == k]) for k in range(n)])
+
+
+def calibration_error(margins: np.ndarray, n: int = 10) -> float:
+    """Expected calibration error of the predicted preference, on labels: mean |confidence - accuracy| over bands."""
+    predicted = 1 / (1 + np.exp(-np.abs(margins)))
+    band = bands(predicted, n)
+    gap = band_means(predicted, band, n) - band_means((margins > 0).astype(float), band, n)
+    return float(np.average(np.abs(gap), weights=np.bincount(band, minlength=n)))
+
+
+def scale_free_gap(rewards_chosen: np.ndarray, rewards_rejected: np.ndarray) -> float:
+    """Mean margin in units of the standard deviation of all rewards, so that scaling the head changes nothing."""
+    return float(
+        np.mean(rewards_chosen - rewards_rejected) / np.std(np.concatenate([rewards_chosen, rewards_rejected]))
+    )
+
+
+def resample_clusters(cluster: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Row indices of one bootstrap sample that draws whole clusters (debates, prompts) with replacement."""
+    order = np.argsort(cluster, kind="stable")
+    _, starts = np.unique(cluster[order], return_index=True)
+    members = np.split(order, starts[1:])
+    return np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])

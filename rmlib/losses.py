@@ -1,0 +1,113 @@
+r"""Ranking losses of reward models: pure functions of rewards, each with its equation in the paper.
+
+Write $d = r(x, y_c) - r(x, y_r)$ for the reward difference of a pair and $\sigma$ for the logistic
+function. Everything is computed in fp32 through ``softplus``, finite for any finite reward.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Reduction = Literal["mean", "none"]
+
+
+def pairwise_loss(
+    rewards_chosen: Float[Tensor, "pairs"],
+    rewards_rejected: Float[Tensor, "pairs"],
+    *,
+    margin: Float[Tensor, "pairs"] | None = None,
+    label_smoothing: float = 0.0,
+    target: Float[Tensor, "pairs"] | None = None,
+    flip_rate: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*pairs"]:
+    r"""Ranking loss of a batch of pairs, in nats (paper Eq 2).
+
+    With $d' = d - \text{margin}$ and a weight $t$ on the chosen side the loss of a pair is
+    $-t \log \sigma(d') - (1 - t) \log \sigma(-d')$, where
+
+    - by default $t = 1$ (Eq 2), with ``margin`` the adaptive margin (Eq 6, read with the margin inside
+      the logistic function: see ``docs/deviations.md``);
+    - ``label_smoothing`` $\alpha \in [0, 0.5)$ sets $t = 1 - \alpha$ (Eq 5, the paper's "soft label");
+    - ``target``, in [0, 1], sets $t$ pair by pair (for instance $\sigma(\hat\mu)$);
+    - ``flip_rate`` $\epsilon \in [0, 0.5)$ sets $t = (1 - \epsilon) / (1 - 2\epsilon)$, which is unbiased
+      when a known share $\epsilon$ of the labels is flipped (rDPO, arXiv 2403.00409).
+
+    Returns a scalar, or one value a pair for ``reduction="none"``.
+
+    Raises ``ValueError`` for shapes that differ, for options out of range, and for more than one way to
+    set $t$.
+
+    >>> pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0])).item()  # log 2
+    0.6931471824645996
+    """
+    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected, margin=margin, target=target)
+    if sum((label_smoothing != 0.0, target is not None, flip_rate != 0.0)) > 1:
+        raise ValueError("label_smoothing, target and flip_rate exclude one another")
+    if target is not None and not bool(((target >= 0) & (target <= 1)).all()):
+        raise ValueError("target must lie in [0, 1]")
+    logits = rewards_chosen.float() - rewards_rejected.float()
+    if margin is not None:
+        logits = logits - margin.float()
+    weight = 1.0 - _below_half("label_smoothing", label_smoothing) if target is None else target.float()
+    if flip_rate:
+        weight = (1.0 - _below_half("flip_rate", flip_rate)) / (1.0 - 2.0 * flip_rate)
+    losses = weight * F.softplus(-logits) + (1.0 - weight) * F.softplus(logits)
+    return _reduce(losses, reduction)
+
+
+def official_pairwise_loss(
+    rewards_chosen: Float[Tensor, "pairs"], rewards_rejected: Float[Tensor, "pairs"]
+) -> Float[Tensor, ""]:
+    r"""Ranking loss as the authors' released code computes it: $-\log(\sigma(d) + 10^{-5})$.
+
+    It saturates near 11.5 and its gradient vanishes for pairs with $d \ll -10$; kept for comparison only.
+    """
+    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected)
+    return -torch.log(torch.sigmoid(rewards_chosen.float() - rewards_rejected.float()) + 1e-5).mean()
+
+
+def centering_loss(
+    rewards_chosen: Float[Tensor, "pairs"], rewards_rejected: Float[Tensor, "pairs"]
+) -> Float[Tensor, ""]:
+    """Mean squared sum of a pair's rewards; scaled by ``center_rewards_coefficient`` it keeps rewards near 0.
+
+    The ranking loss fixes differences only; this fixes the offset (Eisenstein et al., arXiv 2312.09244).
+    """
+    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected)
+    return (rewards_chosen.float() + rewards_rejected.float()).square().mean()
+
+
+def lm_loss(
+    logits: Float[Tensor, "batch length vocab"], labels: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the next token, in nats, averaged over the positions where ``mask`` is true.
+
+    ``logits[:, t]`` predicts ``labels[:, t]`` (already shifted). As the imitation term of a reward model
+    (Part I Eq 2, there with the opposite sign) the mask covers the chosen response. Raises ``ValueError``
+    when the mask is empty.
+    """
+    if not bool(mask.any()):
+        raise ValueError("lm_loss: the mask selects no position")
+    return F.cross_entropy(logits[mask].float(), labels[mask])
+
+
+def _same_shape(**tensors: Tensor | None) -> None:
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+
+
+def _below_half(name: str, value: float) -> float:
+    if not 0.0 <= value < 0.5:
+        raise ValueError(f"{name} must lie in [0, 0.5), got {value}")
+    return value
+
+
+def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
+    return losses.mean() if reduction == "mean" else losses

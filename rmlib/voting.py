@@ -1,0 +1,141 @@
+r"""Preference strength: M reward models vote on every pair (paper section 2.2, Eq 4).
+
+Members are trained on the same pairs in different orders; their margins $d_m$ give each pair the strength
+$\hat\mu = \frac1M \sum_m d_m$ and the spread $\hat\sigma$ (population). In-sample voting scores the pairs
+the members were trained on, as the paper does; out-of-fold voting scores pairs they never saw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rmlib.evaluation import bands
+from rmlib.training import RewardRun
+
+# ---------------------------------------------------------------- members
+
+
+def members(run: RewardRun, n_members: int, *, vary_head: bool = False) -> list[RewardRun]:
+    """``n_members`` copies of ``run`` that differ in data order, and in their head if ``vary_head``.
+
+    The paper varies the order only (its default); member ``m`` takes ``data_seed + m``.
+    """
+    return [
+        replace(
+            run,
+            name=f"{run.name}-m{m}",
+            data_seed=run.data_seed + m,
+            head_seed=run.head_seed + (m if vary_head else 0),
+        )
+        for m in range(n_members)
+    ]
+
+
+def fold_plan(
+    rows: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, group: np.ndarray, *, by: str, n_folds: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train rows, score rows) of every fold; each row is scored once, by models that never saw it.
+
+    ``by="pair"`` hides the pair; ``"group"`` hides every pair of its prompt or debate (``group``);
+    ``"response"`` hides every pair that shares a response with it, which takes one model for each
+    combination of two folds. ``chosen, rejected, group`` hold the ids of all pairs, indexed by ``rows``.
+    Raises ``ValueError`` for an unknown kind, or for fewer units than folds.
+    """
+    rng = np.random.default_rng(seed)
+
+    def assign(ids: np.ndarray) -> dict:
+        names = np.unique(ids)
+        if len(names) < n_folds:
+            raise ValueError(f"{len(names)} units by {by} cannot fill {n_folds} folds")
+        return dict(zip(rng.permutation(names), np.arange(len(names)) % n_folds, strict=True))
+
+    if by == "response":
+        fold = assign(np.concatenate([chosen[rows], rejected[rows]]))
+        first, second = (np.array([fold[name] for name in ids[rows]]) for ids in (chosen, rejected))
+    elif by in ("pair", "group"):
+        fold = assign(rows if by == "pair" else group[rows])
+        first = second = np.array([fold[unit] for unit in (rows if by == "pair" else group[rows])])
+    else:
+        raise ValueError(f"unknown kind of fold {by!r}; choose from pair, response, group")
+    plan = []
+    for i, j in sorted(set(zip(np.minimum(first, second).tolist(), np.maximum(first, second).tolist(), strict=True))):
+        hidden = np.isin(first, [i, j]) | np.isin(second, [i, j])
+        scored = ((first == i) & (second == j)) | ((first == j) & (second == i))
+        plan.append((rows[~hidden], rows[scored]))
+    return plan
+
+
+def out_of_fold(run: RewardRun, plan: Sequence[tuple[np.ndarray, np.ndarray]], n_members: int) -> list[RewardRun]:
+    """Members of every fold of ``plan``: each trains on the fold's train rows and scores its score rows."""
+    return [
+        replace(member, rows=train, score_rows=score)
+        for k, (train, score) in enumerate(plan)
+        for member in members(replace(run, name=f"{run.name}-fold{k}"), n_members)
+    ]
+
+
+# ---------------------------------------------------------------- scores and strength
+
+
+def read_scores(folders: Sequence[Path], snapshot: int | None = 0) -> pd.DataFrame:
+    """Score tables of members, one after the other: ``pair_id, snapshot, reward_chosen, reward_rejected, member``.
+
+    ``snapshot`` picks one scoring of each member; ``None`` keeps all.
+    """
+    tables = [pd.read_parquet(folder / "scores.parquet").assign(member=m) for m, folder in enumerate(folders)]
+    scores = pd.concat(tables, ignore_index=True)
+    return scores if snapshot is None else scores[scores["snapshot"] == snapshot]
+
+
+def margins(scores: pd.DataFrame, pair_ids: Sequence[str], by: str = "member") -> np.ndarray:
+    """Margins, shape (members, pairs), in the order of ``pair_ids``; NaN where a member scored no such pair."""
+    gap = scores.assign(margin=scores["reward_chosen"] - scores["reward_rejected"])
+    return gap.pivot(index=by, columns="pair_id", values="margin").reindex(columns=list(pair_ids)).to_numpy()
+
+
+def strength(margins: np.ndarray, pair_ids: Sequence[str]) -> pd.DataFrame:
+    """Strength table ``pair_id, mean, std`` (Eq 4, population standard deviation) of (members, pairs) margins.
+
+    Members that did not score a pair do not count for it. Raises ``ValueError`` naming a pair nobody scored.
+    """
+    scored = (~np.isnan(margins)).sum(axis=0)
+    if not scored.all():
+        raise ValueError(f"no member scored pair {list(pair_ids)[int(np.argmin(scored))]!r}")
+    return pd.DataFrame({"pair_id": list(pair_ids), "mean": np.nanmean(margins, 0), "std": np.nanstd(margins, 0)})
+
+
+def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Mean margins of ``n_draws`` random committees of ``size`` members."""
+    picks = (rng.choice(len(margins), size, replace=False) for _ in range(n_draws))
+    return [margins[pick].mean(axis=0) for pick in picks]
+
+
+# ---------------------------------------------------------------- what follows from strength
+
+
+def slices(mean: np.ndarray, n: int) -> list[np.ndarray]:
+    """Positions of the pairs in each of ``n`` equal slices of strength, weakest first (Fig 4)."""
+    band = bands(mean, n)
+    return [np.flatnonzero(band == k) for k in range(n)]
+
+
+def weakest(mean: np.ndarray, share: float | None = None) -> np.ndarray:
+    """Positions of the pairs to flip: the weakest ``share``, or every mean below zero (section 2.4).
+
+    Raises ``ValueError`` for a share outside [0, 1).
+    """
+    if share is None:
+        return np.flatnonzero(mean < 0)
+    if not 0 <= share < 1:
+        raise ValueError(f"the share to flip must lie in [0, 1), got {share}")
+    return np.sort(np.argsort(mean, kind="stable")[: round(share * len(mean))])
+
+
+def adaptive_margin(mean: np.ndarray, flipped: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Margin of each pair (Eq 6): its raw signed mean, turned on flipped pairs (positions), times ``scale``."""
+    signed = mean.copy()
+    signed[flipped] *= -1
+    return scale * signed
