@@ -41,6 +41,8 @@ def convarg_pairs(folder: str | Path, *, n_ood_debates: int, seed: int) -> list[
         raise FileNotFoundError(f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says")
     rows = [row for path in paths for row in _convarg_file(path)]
     debates = sorted({row["subset"] for row in rows})
+    if n_ood_debates >= len(debates):
+        raise ValueError(f"n_ood_debates {n_ood_debates} leaves no debate to train on: there are {len(debates)}")
     ood = set(np.random.default_rng(seed).choice(debates, n_ood_debates, replace=False).tolist())
     distinct = [row for row in rows if row["response_a"] != row["response_b"]]
     print(f"UKPConvArg1: {len(rows)} pairs in {len(debates)} debates, {len(ood)} of them held out")
@@ -262,7 +264,9 @@ def prompt_ids(prompts: list[str], tokenizer) -> list[np.ndarray]:
     """Token ids of prompts: exactly one beginning-of-text token, and the separator where the tokenizer has one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-    return [np.array(start + ids + end) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    return [
+        np.array(start + ids + end, dtype=np.int64) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    ]
 
 
 def response_ids(responses: list[str], tokenizer) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ def gold_accuracy(margins: np.ndarray, truth: np.ndarray) -> float:
 
 def label_error(truth: np.ndarray) -> float:
     """Share of wrong labels among the pairs whose truth is no tie."""
-    return float(np.mean(truth[truth != 0] < 0))
+    return accuracy(-truth[truth != 0])
 
 
 def wrong_label_auroc(strength: np.ndarray, truth: np.ndarray) -> float:
@@ -60,8 +60,8 @@ def label_confirmed(truth: np.ndarray) -> np.ndarray:
 
 def confirmed_by_band(strength: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
     """Share of labels that the truth confirms, by band of ``strength``, shape (n,) (paper Fig 3)."""
-    band, right = bands(strength, n), label_confirmed(truth)
-    return np.array([np.nanmean(right[band == k]) for k in range(n)])
+    band, decided = bands(strength, n), truth != 0
+    return band_means((truth[decided] > 0).astype(float), band[decided], n)
 
 
 def calibration_error(margins: np.ndarray, n: int = 10) -> float:

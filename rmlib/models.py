@@ -8,13 +8,15 @@ head on cached encoder features. ``pair_rewards`` scores all of them.
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
@@ -22,6 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import logging
+
+logging.set_verbosity_error()  # a new head is what a reward model is made of, not a warning
+logging.disable_progress_bar()
 
 SPECIAL = ("<pad>", "<bos>", "<sep>", "<eos>", "<unk>")
 
@@ -31,7 +37,7 @@ def word_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
     ids = {token: i for i, token in enumerate([*SPECIAL, *vocabulary])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
     names = {f"{token.strip('<>')}_token": token for token in SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **names)
 
@@ -190,6 +196,30 @@ def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
+def generate(
+    model: nn.Module, prompts: list[np.ndarray], *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int
+) -> list[list[int]]:
+    """One sampled response (token ids without the end token) for each prompt, at temperature 1 and no top-p."""
+    torch.manual_seed(seed)
+    width = max(len(ids) for ids in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, tokens in enumerate(prompts):
+        ids[i, width - len(tokens) :] = torch.from_numpy(tokens)
+        mask[i, width - len(tokens) :] = 1
+    sampled = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )[:, width:].tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in sampled]
+
+
+@torch.no_grad()
 def encode(name: str, texts: list[tuple[str, str]], *, max_length: int, batch_size: int = 64) -> Tensor:
     """Mean-pooled, unit-length features of (prompt, response) texts from a frozen encoder, shape (texts, hidden)."""
     folder = source_folder(name)
@@ -206,3 +236,14 @@ def encode(name: str, texts: list[tuple[str, str]], *, max_length: int, batch_si
         mask = batch["attention_mask"][..., None].float()
         features[rows] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
     return features
+
+
+def save_features(features: Tensor, ids: list[str], path: Path) -> None:
+    """Write features (safetensors) and, beside them, the id of each row (text, one a line)."""
+    save_file({"features": features}, path)
+    path.with_suffix(".txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+
+
+def load_language_model(folder: str | Path) -> nn.Module:
+    """The causal LM in ``folder``, ready to sample from."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()

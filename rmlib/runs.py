@@ -15,11 +15,11 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +29,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "results", ROOT / "figures"
+
+
+def data_folder() -> Path:
+    """Where data sets that cannot be shipped lie: ``$RMLIB_DATA``, else ``data/`` in the project."""
+    return Path(os.environ.get("RMLIB_DATA", ROOT / "data"))
+
 
 # ---------------------------------------------------------------- content keys
 
@@ -111,16 +117,13 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 # ---------------------------------------------------------------- units
 
 
-def cached(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table at ``path``, made and written first if it does not stand or cannot be read."""
-    if path.exists():
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError):
-            print(f"{path.name}: unreadable, made again")
-    table = make()
-    write_table(table, path)
-    return table
+def made(path: Path, make: Callable[[Path], None]) -> Path:
+    """The folder at ``path``, made first by ``make(folder)`` if it does not stand; it is complete or absent."""
+    if not path.exists():
+        with atomic(path) as temporary:
+            temporary.mkdir(parents=True)
+            make(temporary)
+    return path
 
 
 def run_units(units: Sequence, work: Callable, folder: Path, *, code: Sequence[str], workers: int = 0) -> list[Path]:
@@ -138,19 +141,13 @@ def run_units(units: Sequence, work: Callable, folder: Path, *, code: Sequence[s
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([work.__module__])
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-            jobs = {pool.submit(_run_unit, work, unit, path): path for path, unit in todo.items()}
+            jobs = [pool.submit(made, path, partial(work, unit)) for path, unit in todo.items()]
             for n, job in enumerate(as_completed(jobs), 1):
                 job.result()
                 if n == len(jobs) or n % max(1, len(jobs) // 5) == 0:
                     print(f"  {n}/{len(jobs)} done", file=sys.stderr, flush=True)
         print(f"  took {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return paths
-
-
-def _run_unit(work: Callable, unit, path: Path) -> None:
-    with atomic(path) as temporary:
-        temporary.mkdir(parents=True)
-        work(unit, temporary)
 
 
 def _start_worker() -> None:
@@ -186,12 +183,13 @@ class Run:
         shutil.rmtree(self.draft, ignore_errors=True)
         self.draft.mkdir(parents=True)
 
-    def of(self, stem: str) -> Path:
-        """Results folder of another chapter in this preset. Raises ``FileNotFoundError`` if it has not run."""
-        folder = RESULTS / self.preset / stem
-        if not (folder / "run.json").exists():
+    def outputs_of(self, stem: str) -> dict[str, Path]:
+        """Files that another chapter left in this preset. Raises ``FileNotFoundError`` if it has not run."""
+        record = RESULTS / self.preset / stem / "run.json"
+        if not record.exists():
             raise FileNotFoundError(f"chapter {stem} has no finished run in preset {self.preset!r}: run it first")
-        return folder
+        outputs = json.loads(record.read_text(encoding="utf-8"))["outputs"]
+        return {name: record.parent / path for name, path in outputs.items()}
 
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Write ``table`` as evidence (CSV) and return it."""
@@ -199,9 +197,10 @@ class Run:
         self.files.append(f"{name}.csv")
         return table
 
-    def finish(self, figures: Iterable[str]) -> None:
+    def finish(self, figures: Iterable[str], outputs: Mapping[str, Path] | None = None) -> None:
         """Check that every figure was drawn in this run, write the record, and publish the evidence.
 
+        ``outputs`` names the files in this chapter's results folder that later chapters read.
         Raises ``RuntimeError`` naming the figures that are missing, unannounced or empty.
         """
         drawn = {path.stem for path in self.draft.glob("*.png") if path.stat().st_size > 0}
@@ -219,6 +218,7 @@ class Run:
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": _peak_memory_mb(),
+            "outputs": {name: str(path.relative_to(self.results)) for name, path in (outputs or {}).items()},
             "files": sorted(self.files),
         }
         (self.draft / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")

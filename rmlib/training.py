@@ -197,7 +197,7 @@ REWARD_RUN_CODE = ("losses", "models", "data", "training")
 @lru_cache(maxsize=4)
 def open_preferences(path: str) -> Dataset:
     """The preference set in a Parquet file."""
-    return Dataset.from_parquet(path)
+    return Dataset.from_pandas(pd.read_parquet(path), preserve_index=False)
 
 
 @lru_cache(maxsize=4)
@@ -227,7 +227,7 @@ def train_reward_model(run: RewardRun, folder: Path) -> None:
 
     Scores: ``pair_id, snapshot, reward_chosen, reward_rejected``, chosen and rejected as labelled; the last
     snapshot is the finished model, dropout passes count on from 1000. Log: ``step, loss`` and, where
-    evaluated, accuracy and loss on the evaluation rows and on the pairs trained on.
+    evaluated, accuracy and loss on the evaluation rows and on as many of the pairs trained on.
     """
     pairs = tokenized(run.preferences, run.base, run.max_length)
     pair_id = np.array(open_preferences(run.preferences)["pair_id"])
@@ -238,6 +238,9 @@ def train_reward_model(run: RewardRun, folder: Path) -> None:
     batches = run_batches(run, pairs.lengths)
     scored_at = {round(len(batches) * (k + 1) / run.snapshots): k for k in range(run.snapshots)}
     evaluated_at = {round(len(batches) * (k + 1) / run.evaluations) for k in range(run.evaluations)}
+    seen_rows = np.random.default_rng(0).permutation(run.rows)[
+        : len(run.rows if run.eval_rows is None else run.eval_rows)
+    ]
     scores: list[pd.DataFrame] = []
     log: list[dict] = []
 
@@ -252,7 +255,7 @@ def train_reward_model(run: RewardRun, folder: Path) -> None:
         row = {"step": step, "loss": loss}
         if step in evaluated_at:
             row |= _evaluate(model, pairs, run.eval_rows, flipped & False, "eval_")
-            row |= _evaluate(model, pairs, run.rows, flipped, "train_")
+            row |= _evaluate(model, pairs, seen_rows, flipped, "train_")
         log.append(row)
         if step in scored_at:
             score(scored_at[step])

@@ -80,20 +80,16 @@ def out_of_fold(run: RewardRun, plan: Sequence[tuple[np.ndarray, np.ndarray]], n
 # ---------------------------------------------------------------- scores and strength
 
 
-def read_scores(folders: Sequence[Path], snapshot: int | None = 0) -> pd.DataFrame:
-    """Score tables of members, one after the other: ``pair_id, snapshot, reward_chosen, reward_rejected, member``.
+def read_rewards(folder: Path, pair_ids: Sequence[str], snapshot: int = 0) -> np.ndarray:
+    """Rewards (pairs, 2) of chosen and rejected that one unit gave, in the order of ``pair_ids``.
 
-    ``snapshot`` picks one scoring of each member; ``None`` keeps all.
+    NaN where it scored no such pair. Raises ``ValueError`` for a snapshot that it did not take.
     """
-    tables = [pd.read_parquet(folder / "scores.parquet").assign(member=m) for m, folder in enumerate(folders)]
-    scores = pd.concat(tables, ignore_index=True)
-    return scores if snapshot is None else scores[scores["snapshot"] == snapshot]
-
-
-def margins(scores: pd.DataFrame, pair_ids: Sequence[str], by: str = "member") -> np.ndarray:
-    """Margins, shape (members, pairs), in the order of ``pair_ids``; NaN where a member scored no such pair."""
-    gap = scores.assign(margin=scores["reward_chosen"] - scores["reward_rejected"])
-    return gap.pivot(index=by, columns="pair_id", values="margin").reindex(columns=list(pair_ids)).to_numpy()
+    scores = pd.read_parquet(folder / "scores.parquet")
+    taken = scores[scores["snapshot"] == snapshot].set_index("pair_id")
+    if taken.empty:
+        raise ValueError(f"{folder.name} holds no snapshot {snapshot}, only {sorted(set(scores['snapshot']))}")
+    return taken[["reward_chosen", "reward_rejected"]].reindex(list(pair_ids)).to_numpy()
 
 
 def strength(margins: np.ndarray, pair_ids: Sequence[str]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import yaml
+from scipy.special import expit
 
 LANGUAGE = yaml.safe_load(files("rmlib").joinpath("world.yaml").read_text(encoding="utf-8"))
 FAMILIES = ("helpful", "harmless", "summary")
@@ -96,7 +97,7 @@ _FIXED = _fixed_clauses()
 _FACTS = _fact_patterns()
 _CONNECTORS = sorted((c.split() for c in LANGUAGE["connectors"]), key=len, reverse=True)
 _TASKS = {task: family for family in ("helpful", "harmless") for task in _all_topics(family)}
-_TASK = re.compile("|".join(sorted(_TASKS, key=len, reverse=True)))
+_TASK = re.compile(rf"\b({'|'.join(sorted(_TASKS, key=len, reverse=True))})\b")
 
 
 @lru_cache(maxsize=100_000)
@@ -130,7 +131,7 @@ def read_prompt(prompt: str) -> Task:
     if found := _TASK.search(text):
         return Task(_TASKS[found[0]], found[0])
     facts = [c for c in read_response(prompt) if c.kind == "fact"]
-    if not facts:
+    if not facts or [(c.topic, c.index) for c in facts] != [(facts[0].topic, i) for i in range(3)]:
         raise ValueError(f"not a prompt of the miniature world: {prompt!r}")
     return Task("summary", facts[0].topic, tuple(c.values for c in facts))
 
@@ -166,8 +167,8 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """True reward r* of a response: the sum of ``gold_parts``, finite for any text."""
-    return sum(gold_parts(prompt, response).values())
+    """True reward r* of a response: the sum of ``gold_parts``, finite for any text, equal sums exactly equal."""
+    return round(sum(gold_parts(prompt, response).values()), 9)
 
 
 def _is_wanted(clause: Clause, task: Task) -> bool:
@@ -384,7 +385,7 @@ class Annotator:
         """Votes for response a of ``pair``, one boolean for each of ``n_votes`` people."""
         longer = len(words(pair["response_a"])) - len(words(pair["response_b"]))
         gap = pair["gold_a"] - pair["gold_b"] + self.length_bias * longer
-        careful = rng.random(n_votes) < 1 / (1 + np.exp(-gap / self.temperature))
+        careful = rng.random(n_votes) < expit(gap / self.temperature)
         return careful ^ (rng.random(n_votes) < self.careless_rate)
 
 
@@ -400,4 +401,4 @@ class Judge:
         """Verdict for each pair of true rewards: ``1`` a wins, ``0`` tie, ``-1`` b wins."""
         gap = np.asarray(gold_a) - np.asarray(gold_b)
         gap = gap + self.noise * self.rng.logistic(size=gap.shape)
-        return np.where(np.abs(gap) <= self.tie_band, 0, np.sign(gap)).astype(int)
+        return np.where(np.abs(gap).round(9) <= self.tie_band, 0, np.sign(gap)).astype(int)

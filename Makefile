@@ -1,0 +1,45 @@
+# The reward-model book. `make` lists what it can do.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= default
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help env book test unit lint lab notebooks clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+env: $(VENV)/installed  ## make the environment in .venv
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+book: env  ## set up, then regenerate every figure (PRESET=default)
+	$(BIN)/snakemake --cores all --quiet rules --config preset=$(PRESET)
+
+test: lint unit book  ## check the code, the book's default run, and its notebooks cell by cell
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+
+unit: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: env  ## open the book in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+notebooks: env  ## run the default preset, keep its outputs in notebooks/ and README.md
+	$(BIN)/python -m rmlib.notebooks
+	$(BIN)/python -m rmlib.claims
+
+clean:  ## forget all results (figures stay)
+	rm -rf results .snakemake

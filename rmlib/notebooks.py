@@ -1,0 +1,58 @@
+"""Notebooks as files: their parameters cell, and outputs kept clean in the committed copies.
+
+``python -m rmlib.notebooks`` runs every notebook with its own parameters and keeps the outputs in place.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+
+from rmlib.runs import ROOT
+
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+
+def parameters_cell(notebook: Path) -> dict[str, object]:
+    """Values that a notebook's one cell tagged ``parameters`` sets. Raises ``ValueError`` if there is not one."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{notebook}: {len(tagged)} cells are tagged 'parameters', expected one")
+    values: dict[str, object] = {}
+    exec(tagged[0].source, values)
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without what changes from run to run: timings, injected cells, error streams, paths."""
+    notebook.metadata = nbformat.from_dict(KERNEL)
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({"tags": tags} if (tags := cell.metadata.get("tags")) else {})
+        if cell.cell_type == "code":
+            cell.outputs = [_clean_output(out) for out in cell.outputs if out.get("name") != "stderr"]
+    return notebook
+
+
+def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    if "text" in output:
+        output.text = re.sub(rf"{re.escape(str(ROOT))}/?", "", output.text)
+    return output
+
+
+def refresh(notebook: Path) -> None:
+    """Run ``notebook`` with its own parameters and keep its clean outputs in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        executed = Path(folder) / notebook.name
+        papermill.execute_notebook(notebook, executed, kernel_name="python3", progress_bar=False)
+        nbformat.write(clean(nbformat.read(executed, as_version=4)), notebook)
+
+
+if __name__ == "__main__":
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        print(path.name, file=sys.stderr, flush=True)
+        refresh(path)

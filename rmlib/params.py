@@ -1,0 +1,150 @@
+"""The parameters of every chapter: their types and ranges, checked before anything runs.
+
+Values and reasons stand in the notebooks' parameters cells and in ``params/<preset>/<stem>.yaml``; here
+stands only what is allowed. ``check`` runs in each notebook's second code cell; the command
+``python -m rmlib.params STEM FILE.yaml`` checks a file before a kernel starts.
+"""
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
+
+
+class Parameters(BaseModel):
+    """What all chapters share; an unknown key is an error, and a number in quotes is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    seeds: Seeds
+
+
+class WorldAndData(Parameters):
+    """Chapter 00."""
+
+    source: Literal["world", "convarg"]
+    data_path: str
+    n_ood_debates: Count
+    encoder: str
+    encoder_max_length: Count
+    world_seed: CountOrZero
+    n_sft_prompts: Count
+    demonstrations_per_prompt: Count
+    n_train_prompts: Count
+    n_validation_prompts: Count
+    n_test_prompts: Count
+    n_policy_prompts: Count
+    n_ood_prompts: Count
+    responses_per_prompt: Annotated[int, Field(ge=2)]
+    temperature: Positive
+    careless_rate: Annotated[float, Field(ge=0, le=0.5)]
+    length_bias: float
+    judge_noise: Annotated[float, Field(ge=0)]
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    max_length: Count
+    sft_lr: Positive
+    sft_batch_size: Count
+    sft_epochs: Count
+    n_samples: Count
+
+
+class PreferenceStrength(Parameters):
+    """Chapter 01."""
+
+    n_members: Annotated[int, Field(ge=2)]
+    vary_head: bool
+    lr: Positive
+    batch_size: Count
+    schedule: Literal["linear", "inverse_sqrt", "constant"]
+    warmup_ratio: ShareOrZero
+    dropout: ShareOrZero
+    max_length: Count
+    slice_epochs: Positive
+    long_epochs: Annotated[int, Field(ge=2)]
+    growing_shares: Annotated[list[Share], Field(min_length=1)]
+    fold_group: Literal["prompt_id", "subset"]
+    n_folds: Annotated[int, Field(ge=2)]
+    n_response_folds: Annotated[int, Field(ge=3)]
+    fold_members: Count
+    scorer_dropout: Share
+    dropout_passes: Count
+    bias_members: CountOrZero
+    n_sweep_seeds: Count
+    n_curve_pairs: Count
+    n_evaluations: Count
+    n_bootstrap: CountOrZero
+    workers: CountOrZero
+
+
+CHAPTERS: dict[str, type[Parameters]] = {
+    "00_world_and_data": WorldAndData,
+    "01_preference_strength": PreferenceStrength,
+}
+
+
+class ParameterError(ValueError):
+    """One or more parameters are unknown, missing, or not of the right type or range."""
+
+
+def check(stem: str, values: Mapping[str, object], source: str = "the parameters cell") -> Parameters:
+    """The checked parameters of chapter ``stem`` from a notebook's globals or a file's content.
+
+    Modules, functions, classes and names that IPython defines are passed over. Raises
+    :class:`ParameterError` naming every offending key, ``source``, and the nearest key that exists.
+    """
+    model = CHAPTERS[stem]
+    given = {name: value for name, value in values.items() if _is_parameter(name, value)}
+    try:
+        return model(**given)
+    except ValidationError as error:
+        lines = [_explain(problem, list(model.model_fields)) for problem in error.errors()]
+        raise ParameterError(f"{source}: " + "; ".join(lines)) from None
+
+
+def read_yaml(stem: str, path: Path, defaults: Mapping[str, object]) -> Parameters:
+    """The checked parameters of a chapter: ``defaults`` overridden by a YAML file."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(given, dict):
+        raise ParameterError(f"{path}: expected 'key: value' lines, got {type(given).__name__}")
+    return check(stem, {**defaults, **given}, source=str(path))
+
+
+def _is_parameter(name: str, value: object) -> bool:
+    ours = isinstance(value, ModuleType | FunctionType | type) or callable(value)
+    return not name.startswith("_") and name not in ("In", "Out") and not ours
+
+
+def _explain(problem: Mapping, known: list[str]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"unknown parameter {key!r}; the nearest is {near[0]!r}"
+    if problem["type"] == "missing":
+        return f"parameter {key!r} is missing"
+    return f"{key} = {problem['input']!r}: {problem['msg']}"
+
+
+if __name__ == "__main__":
+    from rmlib.notebooks import parameters_cell
+
+    chapter, file = sys.argv[1], Path(sys.argv[2])
+    notebook = Path(__file__).resolve().parent.parent / "notebooks" / f"{chapter}.ipynb"
+    try:
+        read_yaml(chapter, file, parameters_cell(notebook))
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,0 +1,65 @@
+"""What all tests share: no network, one thread, losses whose shape annotations are executed, small sets."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+with install_import_hook("rmlib.losses", "beartype.beartype"):
+    import rmlib.losses  # noqa: F401
+
+from rmlib import data, models, world
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of the miniature world; do not change it, build your own for that."""
+    return models.word_tokenizer(world.vocabulary())
+
+
+@pytest.fixture(scope="session")
+def default_prompts() -> list[dict]:
+    """Prompts in the sizes that the parameters cell of chapter 00 sets."""
+    from rmlib.notebooks import parameters_cell
+
+    defaults = parameters_cell(ROOT / "notebooks" / "00_world_and_data.ipynb")
+    return world.write_prompts({split: defaults[f"n_{split}_prompts"] for split in world.SPLITS}, seed=0)
+
+
+@pytest.fixture(scope="session")
+def many_pairs(default_prompts) -> list[dict]:
+    """Thousands of unlabelled pairs of the world, for shares that need them."""
+    return data.world_pairs(default_prompts, seed=1, responses_per_prompt=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts() -> list[dict]:
+    """Six prompts in each split, two of each family."""
+    return world.write_prompts(dict.fromkeys(world.SPLITS, 6), seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tiny_prompts) -> list[dict]:
+    """Two unlabelled pairs for each of the tiny prompts that belong to preferences: 48."""
+    return data.world_pairs(tiny_prompts, seed=1, responses_per_prompt=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_preferences(tiny_pairs):
+    """The tiny pairs, labelled."""
+    return data.draw_labels(tiny_pairs, seed=0)

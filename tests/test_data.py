@@ -1,0 +1,436 @@
+"""Preference sets and batches: what labels are drawn from what truth, what is left out, what a model sees."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+
+from rmlib import data, evaluation, models, world
+
+# ---------------------------------------------------------------- labels in the world
+
+
+def test_only_the_splits_of_preferences_become_pairs(tiny_pairs):
+    assert Counter(pair["split"] for pair in tiny_pairs) == dict.fromkeys(("train", "validation", "test", "ood"), 12)
+
+
+def test_labels_repeat_with_their_seed_only(many_pairs, tiny_pairs, tiny_preferences):
+    assert data.draw_labels(tiny_pairs, seed=0).to_list() == tiny_preferences.to_list()
+    labels = [np.array(data.draw_labels(many_pairs, seed)["chosen_id"]) for seed in (0, 1)]
+    # two people contradict each other where just one is wrong: 2 x 0.28 x 0.72 of the pairs if errors were alike
+    assert 0.3 < (labels[0] != labels[1]).mean() < 0.45
+
+
+def test_a_labelled_pair_holds_both_responses_with_their_own_gold(tiny_pairs, tiny_preferences):
+    texts_and_ids = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id"]
+    columns = ["pair_id", "prompt_id", *texts_and_ids, "subset", "split", "gold_chosen", "gold_rejected"]
+    assert tiny_preferences.column_names == columns
+    for pair, row in zip(tiny_pairs, tiny_preferences, strict=True):
+        chosen, rejected = ("a", "b") if row["chosen_id"] == pair["id_a"] else ("b", "a")
+        for name, side in (("chosen", chosen), ("rejected", rejected)):
+            told = row[name], row[f"{name}_id"], row[f"gold_{name}"]
+            assert told == (pair[f"response_{side}"], pair[f"id_{side}"], pair[f"gold_{side}"])
+        assert row["pair_id"] == pair["pair_id"]
+
+
+def test_truth_in_the_world_is_the_gold_of_chosen_minus_rejected(tiny_preferences):
+    by_hand = [row["gold_chosen"] - row["gold_rejected"] for row in tiny_preferences]
+    np.testing.assert_array_equal(data.truth(tiny_preferences), by_hand)
+
+
+def test_truth_is_positive_where_a_careful_annotator_labels_and_negative_where_a_contrary_one_does(tiny_pairs):
+    careful = world.Annotator(temperature=0.01, careless_rate=0.0)
+    contrary = world.Annotator(temperature=0.01, careless_rate=1.0)
+    decided = [pair for pair in tiny_pairs if abs(pair["gold_a"] - pair["gold_b"]) > 0.1]
+    assert (data.truth(data.draw_labels(decided, 0, careful)) > 0).all()
+    assert (data.truth(data.draw_labels(decided, 0, contrary)) < 0).all()
+
+
+def test_set_without_truth_raises(tiny_preferences):
+    with pytest.raises(KeyError, match="neither gold_chosen, gold_rejected nor votes"):
+        data.truth(tiny_preferences.remove_columns(["gold_chosen", "gold_rejected"]))
+
+
+# ---------------------------------------------------------------- labels of people
+
+
+def argument_pair(name: str = "p1", votes=("a1", "a2", "a1"), text1: str = "Yes & no.", text2: str = "No.", **changed):
+    """One pair as the corpus writes it; ``changed`` replaces a whole element, by "" to leave it out."""
+    debate, stance = changed.pop("debate", "Tea or coffee?"), changed.pop("stance", "Tea")
+    elements = {
+        "id": f"<id>{name}</id>",
+        "arg1": f"<arg1><stance>{stance}</stance><text>{escape(text1)}</text><id>{name}-1</id></arg1>",
+        "arg2": f"<arg2><stance>{stance}</stance><text>{escape(text2)}</text><id>{name}-2</id></arg2>",
+        "meta": f"<debateMetaData><title>{debate}</title></debateMetaData>",
+        "votes": "".join(f"<mTurkAssignment><value>{vote}</value></mTurkAssignment>" for vote in votes),
+    }
+    return f"<annotatedArgumentPair>{''.join((elements | changed).values())}</annotatedArgumentPair>"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Writes one file of argument pairs and returns its folder."""
+
+    def write(*pairs: str, file: str = "tea_tea") -> Path:
+        (tmp_path / f"{file}.xml").write_text(f"<list>{''.join(pairs)}</list>", encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def read(folder: Path) -> list[dict]:
+    return data.convarg_pairs(folder, n_ood_debates=0, seed=0)
+
+
+def test_an_argument_pair_is_read_with_its_votes(corpus):
+    assert read(corpus(argument_pair("p1", ["a1", "a2", "equal", "a1", "a1"]))) == [
+        {
+            "pair_id": "tea_tea/p1",
+            "prompt_id": "tea_tea",
+            "prompt": "Tea or coffee? | Tea",
+            "response_a": "Yes & no.",
+            "response_b": "No.",
+            "id_a": "tea_tea/p1-1",
+            "id_b": "tea_tea/p1-2",
+            "ballots": [1, -1, 0, 1, 1],
+            "subset": "Tea or coffee?",
+            "split": "train",
+        }
+    ]
+
+
+def test_the_label_is_one_decisive_vote_and_with_the_others_recovers_the_ballots(corpus):
+    pair = read(corpus(argument_pair("p1", ["a1", "a1", "a2", "equal", "a1"])))[0]
+    labelled = data.draw_labels([pair] * 400, seed=0)
+    signs = [1 if row["chosen"] == pair["response_a"] else -1 for row in labelled]
+    for sign, votes in zip(signs, labelled["votes"], strict=True):
+        assert sorted([sign, *(sign * vote for vote in votes)]) == sorted(pair["ballots"])
+    assert signs.count(1) / 400 == pytest.approx(3 / 4, abs=0.07)  # three of four decisive votes
+
+
+def test_truth_of_a_vote_is_the_sum_of_the_others_as_seen_from_it(corpus):
+    pair = read(corpus(argument_pair("p1", ["a1", "a1", "a2", "equal", "a1"])))[0]
+    labelled = data.draw_labels([pair] * 40, seed=0)
+    truth = {row["chosen"]: value for row, value in zip(labelled, data.truth(labelled), strict=True)}
+    assert truth == {"Yes & no.": 1, "No.": -3}  # with its own vote, a label would be worth 2 and -2
+
+
+def test_pairs_without_a_decisive_vote_are_left_out_and_counted(corpus, capsys):
+    pairs = read(corpus(argument_pair("p1"), argument_pair("p2", ["equal", "equal"]), argument_pair("p3", ["equal"])))
+    assert data.draw_labels(pairs, seed=0)["pair_id"][:] == ["tea_tea/p1"]
+    assert "left out, no decisive vote: 2" in capsys.readouterr().out
+
+
+def test_pairs_of_identical_texts_are_left_out_and_counted(corpus, capsys):
+    pairs = read(corpus(argument_pair("p1"), argument_pair("p2", text1=" Same. ", text2="Same.")))
+    assert [pair["pair_id"] for pair in pairs] == ["tea_tea/p1"]
+    printed = capsys.readouterr().out
+    assert "2 pairs in 1 debates, 0 of them held out" in printed
+    assert "left out, identical texts: 1" in printed
+
+
+def test_both_stances_of_a_debate_stand_in_one_split(corpus):
+    for debate in ("Tea", "Dogs", "Trains", "Snow"):
+        for stance in ("yes", "no"):
+            folder = corpus(argument_pair(debate=debate, stance=stance), file=f"{debate}_{stance}")
+    drawn = []
+    for seed in range(20):
+        pairs = data.convarg_pairs(folder, n_ood_debates=2, seed=seed)
+        assert len(pairs) == 8
+        splits = {(pair["subset"], pair["split"]) for pair in pairs}
+        assert len(splits) == 4
+        assert Counter(split for _, split in splits) == {"ood": 2, "train": 2}
+        drawn.append(frozenset(debate for debate, split in splits if split == "ood"))
+    assert data.convarg_pairs(folder, n_ood_debates=2, seed=19) == pairs
+    assert frozenset.union(*drawn) == {"Tea", "Dogs", "Trains", "Snow"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "problem"),
+    [
+        (argument_pair("p7", arg2="<arg2><id>p7-2</id></arg2>"), r"\(p7\): missing arg2/text"),
+        (argument_pair("p7", text1="  "), r"\(p7\): missing arg1/text"),
+        (argument_pair("p7", meta=""), r"\(p7\): missing debateMetaData/title"),
+        (argument_pair("p7", id=""), r"\(None\): missing id"),
+        (argument_pair("p7", ["a1", "a3"]), r"\(p7\): votes \['a1', 'a3'\]"),
+        (argument_pair("p7", []), r"\(p7\): votes \[\]"),
+    ],
+)
+def test_unreadable_pair_raises_with_its_file_and_place(corpus, pair, problem):
+    with pytest.raises(ValueError, match=r"tea_tea\.xml: pair 1 " + problem):
+        read(corpus(argument_pair("p1"), pair))
+
+
+def test_broken_xml_raises_with_its_file(tmp_path):
+    (tmp_path / "snow_no.xml").write_text("<list><annotatedArgumentPair>")
+    with pytest.raises(ValueError, match=r"snow_no\.xml: not readable as XML"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_folder_without_xml_raises_with_where_to_get_it(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=r"no UKPConvArg1 XML in .*; get it as docs/your_own_data\.md"):
+        read(tmp_path / folder)
+
+
+def test_the_published_corpus_has_its_known_size_and_error(capsys):
+    root = Path(__file__).resolve().parent.parent
+    folder = root / os.environ.get("RMLIB_DATA", "data") / "ukp_convarg1" / "UKPConvArg1-full-XML"
+    if not folder.is_dir():
+        pytest.skip("UKPConvArg1 is not there: set RMLIB_DATA to the folder that holds ukp_convarg1")
+    pairs = data.convarg_pairs(folder, n_ood_debates=4, seed=0)
+    assert "16927 pairs in 16 debates, 4 of them held out" in capsys.readouterr().out
+    assert len({pair["pair_id"] for pair in pairs}) == len(pairs) == 16_912  # fifteen of identical texts
+    assert len({pair["prompt_id"] for pair in pairs}) == 32
+    assert 0.22 < evaluation.label_error(data.truth(data.draw_labels(pairs, seed=0))) < 0.26
+
+
+# ---------------------------------------------------------------- which rows form a batch
+
+LENGTHS = np.random.default_rng(0).integers(10, 120, size=1000)
+
+
+def padding(batches: list[np.ndarray]) -> float:
+    """Share of padding in batches that are as long as their longest row."""
+    return 1 - LENGTHS[np.concatenate(batches)].sum() / sum(len(rows) * LENGTHS[rows].max() for rows in batches)
+
+
+def random_batches(rows: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(np.random.default_rng(0).permutation(rows), len(rows) // 16)
+
+
+@pytest.mark.parametrize("rows", [np.arange(1000), np.arange(1, 1000, 3), np.arange(5)])
+def test_every_row_stands_in_one_batch_of_an_epoch(rows):
+    for batches in (
+        data.length_batches(LENGTHS, rows, 16, np.random.default_rng(0)),
+        data.score_batches(LENGTHS, rows, 16),
+    ):
+        assert sorted(np.concatenate(batches)) == rows.tolist()
+        assert sorted(map(len, batches), reverse=True) == [16] * (len(rows) // 16) + [len(rows) % 16]
+
+
+def test_batches_of_like_length_hardly_pad():
+    ours = padding(data.length_batches(LENGTHS, np.arange(1000), 16, np.random.default_rng(0)))
+    at_random = padding(random_batches(np.arange(1000)))
+    assert at_random > 0.35
+    assert ours < 0.06
+    assert padding(data.score_batches(LENGTHS, np.arange(1000), 16)) < ours
+
+
+def test_batches_repeat_with_their_seed_only():
+    epochs = [data.length_batches(LENGTHS, np.arange(1000), 16, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    flat = [np.concatenate(epoch).tolist() for epoch in epochs]
+    assert flat[0] == flat[1] != flat[2]
+
+
+def test_one_generator_gives_another_order_each_epoch():
+    rng = np.random.default_rng(0)
+    first, second = (data.length_batches(LENGTHS, np.arange(1000), 16, rng) for _ in range(2))
+    companions = [{frozenset(rows.tolist()) for rows in epoch} for epoch in (first, second)]
+    assert not companions[0] & companions[1]
+
+
+def test_batches_do_not_come_sorted_by_length():
+    batches = data.length_batches(LENGTHS, np.arange(1000), 16, np.random.default_rng(0))
+    longest = np.array([LENGTHS[rows].max() for rows in batches])
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.4
+    scored = np.array([LENGTHS[rows].max() for rows in data.score_batches(LENGTHS, np.arange(1000), 16)])
+    assert (np.diff(scored) >= 0).all()
+
+
+# ---------------------------------------------------------------- batches of a causal model
+
+BOS, SEP, EOS, PAD = 1, 2, 3, 0
+
+
+def hand_made_pairs(pad_id: int = PAD) -> data.CausalPairs:
+    prompt = [[BOS, 10, SEP], [BOS, 11, 12, SEP]]
+    chosen, rejected = [[20, 21, EOS], [22, EOS]], [[30, EOS], [31, 32, 33, EOS]]
+    return data.CausalPairs(*([np.array(ids) for ids in part] for part in (prompt, chosen, rejected)), pad_id)
+
+
+def collate_both(pairs, flipped=(False, False)) -> dict[str, torch.Tensor]:
+    return pairs.collate(np.array([0, 1]), np.array(flipped))
+
+
+def test_a_row_is_prompt_chosen_rejected_and_padding():
+    pairs = hand_made_pairs()
+    assert pairs.lengths.tolist() == [8, 10]
+    assert collate_both(pairs)["input_ids"].tolist() == [
+        [BOS, 10, SEP, 20, 21, EOS, 30, EOS, PAD, PAD],
+        [BOS, 11, 12, SEP, 22, EOS, 31, 32, 33, EOS],
+    ]
+
+
+def test_positions_of_the_rejected_response_restart_after_the_prompt():
+    positions = collate_both(hand_made_pairs())["position_ids"]
+    assert positions[0, :8].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert positions[1].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+
+
+def test_mask_is_causal_and_hides_chosen_from_rejected():
+    mask = collate_both(hand_made_pairs())["attention_mask"]
+    assert mask.shape == (2, 1, 10, 10)
+    for row, parts in enumerate(("pppcccrr", "ppppccrrrr")):
+        for query, own in enumerate(parts):
+            for key, other in enumerate(parts):
+                seen = key <= query and not (own == "r" and other == "c")
+                assert mask[row, 0, query, key].item() is seen
+    assert mask.any(-1).all()  # padding sees something too: an empty row of attention would be NaN
+
+
+def test_padding_is_seen_by_no_real_token():
+    mask = collate_both(hand_made_pairs())["attention_mask"]
+    assert not mask[0, 0, :8, 8:].any()
+
+
+def test_last_points_at_the_end_token_of_chosen_then_rejected():
+    batch = collate_both(hand_made_pairs())
+    assert batch["row"].tolist() == [0, 1, 0, 1]
+    assert batch["last"].tolist() == [5, 5, 7, 9]
+    assert (batch["input_ids"][batch["row"], batch["last"]] == EOS).all()
+
+
+def test_flipped_pairs_swap_their_responses():
+    batch = collate_both(hand_made_pairs(), flipped=(True, False))
+    assert batch["input_ids"][0, :8].tolist() == [BOS, 10, SEP, 30, EOS, 20, 21, EOS]
+    assert batch["input_ids"][1].tolist() == collate_both(hand_made_pairs())["input_ids"][1].tolist()
+    assert batch["last"].tolist() == [4, 5, 7, 9]
+
+
+def test_flips_are_looked_up_by_pair_and_not_by_place_in_the_batch():
+    batch = hand_made_pairs().collate(np.array([1]), np.array([False, True]))
+    assert batch["input_ids"].tolist() == [[BOS, 11, 12, SEP, 31, 32, 33, EOS, 22, EOS]]
+
+
+def test_padding_with_the_end_token_changes_no_mask_position_or_end():
+    ours, usual = collate_both(hand_made_pairs(pad_id=EOS)), collate_both(hand_made_pairs())
+    assert ours["input_ids"][0, 8:].tolist() == [EOS, EOS]
+    for name in ("attention_mask", "position_ids", "last", "row"):
+        assert torch.equal(ours[name], usual[name])
+
+
+def test_tokenized_pairs_begin_once_and_end_once(tiny_preferences, tokenizer):
+    pairs = data.causal_pairs(tiny_preferences, tokenizer, max_length=200)
+    for ids in pairs.prompt:
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.sep_token_id
+        assert (ids == tokenizer.bos_token_id).sum() == (ids == tokenizer.sep_token_id).sum() == 1
+    for ids in pairs.chosen + pairs.rejected:
+        assert ids[-1] == tokenizer.eos_token_id
+        assert (ids == tokenizer.eos_token_id).sum() == 1
+        assert not set(ids) & {tokenizer.bos_token_id, tokenizer.sep_token_id}
+
+
+def test_tokenized_pairs_read_back_as_their_texts(tiny_preferences, tokenizer):
+    pairs = data.causal_pairs(tiny_preferences, tokenizer, max_length=200)
+    for i, row in enumerate(tiny_preferences):
+        ids = {"prompt": pairs.prompt[i][1:-1], "chosen": pairs.chosen[i][:-1], "rejected": pairs.rejected[i][:-1]}
+        assert {name: world.english(tokenizer.decode(part)) for name, part in ids.items()} == {
+            name: row[name] for name in ids
+        }
+
+
+def test_tokenizer_that_adds_its_own_beginning_gives_one_all_the_same():
+    tokenizer = models.word_tokenizer(world.vocabulary())
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("make tea")["input_ids"][0] == tokenizer.bos_token_id
+    ids = data.prompt_ids(["make tea"], tokenizer)[0]
+    assert (ids == tokenizer.bos_token_id).sum() == 1
+    assert tokenizer.bos_token_id not in data.response_ids(["boil the water"], tokenizer)[0]
+
+
+def test_an_empty_prompt_of_a_tokenizer_without_beginning_or_separator_holds_integers():
+    tokenizer = models.word_tokenizer(world.vocabulary())
+    tokenizer.bos_token = tokenizer.sep_token = None
+    assert data.prompt_ids([""], tokenizer)[0].dtype == np.int64
+
+
+def test_too_long_a_pair_raises_with_its_name_and_row(tiny_preferences, tokenizer):
+    fits = data.causal_pairs(tiny_preferences, tokenizer, max_length=200)
+    longest = [len(p) + max(len(c), len(r)) for p, c, r in zip(fits.prompt, fits.chosen, fits.rejected, strict=True)]
+    assert len(data.causal_pairs(tiny_preferences, tokenizer, max_length=max(longest)).prompt) == len(longest)
+    row = int(np.flatnonzero(np.array(longest) > max(longest) - 1)[0])
+    name = tiny_preferences["pair_id"][row]
+    with pytest.raises(ValueError, match=rf"pair '{name}' \(row {row}\): .* exceed max_length {max(longest) - 1}"):
+        data.causal_pairs(tiny_preferences, tokenizer, max_length=max(longest) - 1)
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+def test_demonstrations_are_learnt_on_response_tokens_alone():
+    demonstrations = data.Demonstrations(
+        [np.array([BOS, 10, SEP]), np.array([BOS, SEP])], [np.array([20, EOS]), np.array([21, 22, 23, EOS])], pad_id=EOS
+    )
+    assert demonstrations.lengths.tolist() == [5, 6]
+    batch = demonstrations.collate(np.array([0, 1]))
+    assert batch["input_ids"].tolist() == [[BOS, 10, SEP, 20, EOS, EOS], [BOS, SEP, 21, 22, 23, EOS]]
+    assert batch["loss_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+
+
+# ---------------------------------------------------------------- batches of an encoder
+
+
+def test_encoder_rows_are_chosen_then_rejected_with_masks_from_lengths():
+    pairs = data.EncoderPairs(chosen=[[5, 6, EOS], [7, EOS]], rejected=[[8, EOS], [9, 9, 9, EOS]], pad_id=EOS)
+    assert pairs.lengths.tolist() == [3, 4]
+    batch = collate_both(pairs)
+    assert batch["input_ids"].tolist() == [
+        [5, 6, EOS, EOS],
+        [7, EOS, EOS, EOS],
+        [8, EOS, EOS, EOS],
+        [9, 9, 9, EOS],
+    ]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    flipped = collate_both(pairs, flipped=(False, True))
+    assert flipped["input_ids"][[1, 3]].tolist() == batch["input_ids"][[3, 1]].tolist()
+    assert flipped["input_ids"][[0, 2]].tolist() == batch["input_ids"][[0, 2]].tolist()
+
+
+def test_encoder_texts_over_the_limit_are_cut_in_the_response_and_counted(tokenizer, capsys):
+    preferences = Dataset.from_dict(
+        {
+            "prompt": ["make tea", "make tea"],
+            "chosen": ["boil the water", "add the tea leaves"],
+            "rejected": ["good luck", "pour the tea into cups"],
+        }
+    )
+    whole = data.encoder_pairs(preferences, tokenizer, max_length=7)
+    assert capsys.readouterr().out == ""
+    cut = data.encoder_pairs(preferences, tokenizer, max_length=5)
+    assert "cut to 5 tokens: 2 of 4 texts" in capsys.readouterr().out
+    assert cut.chosen == [whole.chosen[0], whole.chosen[1][:5]]
+    assert cut.rejected == [whole.rejected[0], whole.rejected[1][:5]]
+    assert whole.lengths.tolist() == [5, 7]
+
+
+# ---------------------------------------------------------------- batches of cached features
+
+FEATURES = torch.arange(8.0).reshape(4, 2)
+FEATURE_IDS = ["w", "x", "y", "z"]
+
+
+def test_features_of_a_pair_are_those_of_its_responses():
+    preferences = Dataset.from_dict({"chosen_id": ["x", "z", "w"], "rejected_id": ["w", "y", "z"]})
+    pairs = data.feature_pairs(preferences, FEATURES, FEATURE_IDS)
+    assert pairs.lengths.tolist() == [1, 1, 1]
+    batch = pairs.collate(np.array([2, 0]), np.array([False, False, False]))
+    assert batch["features"].shape == (4, 2)
+    assert torch.equal(batch["features"], FEATURES[[0, 1, 3, 0]])
+    flipped = pairs.collate(np.array([2, 0]), np.array([True, False, False]))
+    assert torch.equal(flipped["features"], FEATURES[[0, 0, 3, 1]])
+
+
+def test_features_of_an_unknown_response_raise_with_its_id():
+    preferences = Dataset.from_dict({"chosen_id": ["x"], "rejected_id": ["nobody"]})
+    with pytest.raises(KeyError, match="nobody"):
+        data.feature_pairs(preferences, FEATURES, FEATURE_IDS)

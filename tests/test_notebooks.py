@@ -1,0 +1,110 @@
+"""The committed notebooks and their evidence: whole, clean, and checked by a test that can fail."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from rmlib import params
+from rmlib.notebooks import clean
+from rmlib.runs import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RECORDS = sorted((ROOT / "figures").glob("*/*/run.json"))
+
+
+def name(path: Path) -> str:
+    return "/".join(path.parts[-3:-1]) if path.name == "run.json" else path.stem
+
+
+def test_every_notebook_is_a_chapter_with_parameters():
+    assert [path.stem for path in NOTEBOOKS] == list(params.CHAPTERS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_is_clean_and_whole(path):
+    notebook = nbformat.read(path, as_version=4)
+    tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+    text = path.read_text()
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec"}
+    assert tags.count("parameters") == 1 and "injected-parameters" not in tags
+    assert not re.search(r"(?<![\w.])/(home|root|work|tmp|opt|Users)/", text), "a path of some machine"
+    assert "Warning" not in text and "sys.exit" not in text
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_holds_outputs_in_order_and_no_error(path):
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_has_cells_that_nbval_can_fail_on(path):
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert sum("NBVAL_CHECK_OUTPUT" in source for source in sources) >= 2
+    assert sum(bool(re.search(r"^\s*assert ", source, re.M)) for source in sources) >= 3
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=name)
+def test_committed_evidence_is_one_whole_run(path):
+    record = json.loads(path.read_text())
+    there = {file.name for file in path.parent.iterdir()} - {"run.json"}
+    assert there == set(record["files"])
+    assert all((path.parent / file).stat().st_size > 0 for file in there)
+
+
+def test_default_evidence_is_committed_for_every_chapter():
+    assert {name(path) for path in RECORDS} >= {f"default/{stem}" for stem in params.CHAPTERS}
+
+
+def run_nbval(notebook: nbformat.NotebookNode, folder: Path) -> int:
+    path = folder / "trial.ipynb"
+    nbformat.write(notebook, path)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        path,
+    ]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
+
+
+def checked(source: str, output: str) -> nbformat.NotebookNode:
+    stream = new_output("stream", text=output)
+    return new_notebook(cells=[new_code_cell(f"# NBVAL_CHECK_OUTPUT\n{source}", execution_count=1, outputs=[stream])])
+
+
+def test_nbval_passes_a_right_output(tmp_path):
+    assert run_nbval(checked("print(2 + 2)", "4\n"), tmp_path) == 0
+
+
+def test_nbval_catches_a_wrong_output(tmp_path):
+    assert run_nbval(checked("print(2 + 2)", "5\n"), tmp_path) == 1
+
+
+def test_nbval_catches_a_failed_assertion(tmp_path):
+    failing = new_notebook(cells=[new_code_cell("assert 2 + 2 == 5", execution_count=1)])
+    assert run_nbval(failing, tmp_path) == 1
+
+
+def test_clean_drops_what_changes_from_run_to_run():
+    noise = [new_output("stream", name="stderr", text="Warning"), new_output("stream", text=f"{ROOT}/results\n")]
+    cells = [new_code_cell("x = 1", metadata={"tags": ["injected-parameters"]}),
+             new_code_cell("x", metadata={"papermill": {"duration": 1.0}}, outputs=noise)]  # fmt: skip
+    tidy = clean(new_notebook(cells=cells, metadata={"papermill": {"start": "now"}}))
+    assert [cell.source for cell in tidy.cells] == ["x"]
+    assert [output.text for output in tidy.cells[0].outputs] == ["results\n"]
+    assert not tidy.cells[0].metadata and set(tidy.metadata) == {"kernelspec"}
