@@ -235,7 +235,9 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
                 "seeds": len(item.effects),
                 "n": item.n,
                 "verdict": decision,
-                "seeds_to_decide": item.seeds_needed(distance, level) if decision == "open" else np.nan,
+                "seeds_to_decide": item.seeds_needed(distance, level)
+                if decision == "open" and item.n >= rule.min_n
+                else np.nan,
                 "by_construction": rule.by_construction,
             }
         )

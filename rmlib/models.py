@@ -86,18 +86,20 @@ def reward_model(base: str, *, head_seed: int, dropout: float = 0.0) -> nn.Modul
 
     ``base`` is a causal LM or an encoder (folder, package or hub name), or a feature file
     (``*.safetensors``), which gives a :class:`FrozenRewardModel`. ``dropout`` acts inside attention
-    (causal models), or on the features (frozen).
+    (causal models), or on the features (frozen); raises ``ValueError`` for a model that has no such place.
     """
     torch.manual_seed(head_seed)
     if base.endswith(".safetensors"):
         return FrozenRewardModel(load_file(base)["features"].shape[1], dropout=dropout)
     folder = source_folder(base)
     config = AutoConfig.from_pretrained(folder, num_labels=1)
+    if dropout and not hasattr(config, "attention_dropout"):
+        raise ValueError(f"{base}: a {config.model_type} has no attention_dropout to set")
     if dropout:
         config.attention_dropout = dropout
     model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
     if hasattr(model, "classifier"):  # encoders carry a bias that no difference can learn: pin it at zero
-        model.classifier.bias.data.zero_().requires_grad_(False)
+        model.classifier.bias.requires_grad_(False).zero_()
     return model
 
 
@@ -107,7 +109,8 @@ def load_reward_model(folder: str | Path) -> nn.Module:
     if not head.exists():
         return AutoModelForSequenceClassification.from_pretrained(folder).eval()
     state = load_file(head)
-    model = FrozenRewardModel(state["hidden.weight"].shape[1])
+    width, n_features = state["hidden.weight"].shape
+    model = FrozenRewardModel(n_features, hidden_size=width)
     model.load_state_dict(state)
     return model.eval()
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "results", ROOT / "figures"
@@ -52,6 +53,11 @@ def content_key(*parts: object, code: Sequence[str] = ()) -> str:
 
 
 def _bytes_of(part: object) -> bytes:
+    content = _content_of(part)
+    return f"{len(content)}:".encode() + content  # so that neighbours cannot run into each other
+
+
+def _content_of(part: object) -> bytes:
     if isinstance(part, Path):
         paths = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
         return b"".join(_file_hash(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
@@ -95,14 +101,21 @@ def atomic(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        _remove(temporary)  # of a killed run with the same process number
         yield temporary
+        if not temporary.exists():
+            raise FileNotFoundError(f"nothing was written for {path}")
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -236,7 +249,8 @@ def _same_evidence(new: Path, old: Path) -> bool:
     """Whether every table and figure of ``new`` stands unchanged in ``old`` (records and PDFs aside)."""
 
     def contents(folder: Path) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in folder.glob("*.csv")}
+        pixels = {p.name: Image.open(p).tobytes() for p in folder.glob("*.png")}  # the files hold the run's id
+        return pixels | {p.name: p.read_bytes() for p in folder.glob("*.csv")}
 
     names = {p.name for p in new.iterdir()} == {p.name for p in old.iterdir()} if old.is_dir() else False
     same_parameters = (

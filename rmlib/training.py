@@ -73,24 +73,28 @@ def fit(
     after_step: Callable[[int, float], None] = lambda step, loss: None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
+    history: list[float] | None = None,
     progress: str | None = None,
 ) -> nn.Module:
     """Train ``model`` on ``batches`` (row indices, one array a step) and return it.
 
     ``after_step(step, loss)`` runs after each step, counted from 1. With ``checkpoint`` the state is saved
     every ``checkpoint_every`` steps and found again by a rerun, which then equals an uninterrupted run.
+    The losses of all steps, those before an interruption included, are appended to ``history``.
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
     schedule, warmup = SCHEDULES[optimisation.schedule], round(optimisation.warmup_ratio * steps)
+    model.to(machine.device)  # not prepared: a prepared model goes on computing in bf16 when it scores
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=optimisation.lr, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, steps, warmup))
-    model, optimiser, scheduler = machine.prepare(model, optimiser, scheduler)
+    optimiser, scheduler = machine.prepare(optimiser, scheduler)
     state = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
-    first = _resume(checkpoint, state)
+    history = [] if history is None else history
+    history += _resume(checkpoint, state)
     model.train()
-    for step in tqdm(range(first, steps), desc=progress, disable=progress is None, mininterval=5):
+    for step in tqdm(range(len(history), steps), desc=progress, disable=progress is None, mininterval=5):
         batch = {name: tensor.to(machine.device) for name, tensor in collate(batches[step]).items()}
         with machine.autocast():
             loss = loss_fn(model, batch)
@@ -101,26 +105,29 @@ def fit(
         machine.clip_grad_norm_(trainable, optimisation.max_grad_norm)
         optimiser.step()
         scheduler.step()
-        after_step(step + 1, loss.item())
+        history.append(loss.item())
+        after_step(step + 1, history[-1])
         if checkpoint and (step + 1) % checkpoint_every == 0:
-            _save_state(checkpoint, state, step + 1)
-    return machine.unwrap_model(model).eval()
+            _save_state(checkpoint, state, history)
+    return model.eval()
 
 
-def _save_state(path: Path, state: dict, step: int) -> None:
+def _save_state(path: Path, state: dict, history: list[float]) -> None:
     with runs.atomic(path) as temporary:
         saved = {name: part.state_dict() for name, part in state.items()}
-        torch.save(saved | {"step": step, "rng": torch.get_rng_state()}, temporary)
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        torch.save(saved | rng | {"history": history}, temporary)
 
 
-def _resume(path: Path | None, state: dict) -> int:
+def _resume(path: Path | None, state: dict) -> list[float]:
     if path is None or not path.exists():
-        return 0
+        return []
     saved = torch.load(path, weights_only=True)
     for name, part in state.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"])
-    return saved["step"]
+    torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    return saved["history"]
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
@@ -139,17 +146,14 @@ def train_sft(
     rng, rows = np.random.default_rng(seed), np.arange(len(demonstrations.prompt))
     lengths = demonstrations.lengths
     batches = [b for _ in range(epochs) for b in data.length_batches(lengths, rows, optimisation.batch_size, rng)]
-    log: list[dict] = []
+    history: list[float] = []
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return losses.lm_loss(logits[:, :-1], batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:])
 
-    def record(step: int, loss: float) -> None:
-        log.append({"step": step, "loss": loss})
-
-    model = fit(model, batches, demonstrations.collate, loss_fn, optimisation, after_step=record, **kwargs)
-    return model, pd.DataFrame(log)
+    model = fit(model, batches, demonstrations.collate, loss_fn, optimisation, history=history, **kwargs)
+    return model, pd.DataFrame({"step": np.arange(1, len(history) + 1), "loss": history})
 
 
 # ---------------------------------------------------------------- reward models
@@ -186,9 +190,12 @@ class RewardRun:
     dropout_passes: int = 0
     keep_model: bool = False
 
-    def inputs(self) -> list[Path]:
-        """Files whose content decides the result."""
-        return [Path(self.preferences), Path(self.base)]
+    def inputs(self) -> list[Path | str]:
+        """Files whose content decides the result; a hub model stands there by its name."""
+        if self.base.endswith(".safetensors"):
+            return [Path(path) for path in (self.preferences, self.base, Path(self.base).with_suffix(".txt"))]
+        source = models.source_folder(self.base)
+        return [Path(self.preferences), Path(source) if Path(source).is_dir() else source]
 
 
 REWARD_RUN_CODE = ("losses", "models", "data", "training")
@@ -236,6 +243,8 @@ def train_reward_model(run: RewardRun, folder: Path) -> None:
     if run.flipped is not None:
         flipped[run.flipped] = True
     batches = run_batches(run, pairs.lengths)
+    if run.snapshots > len(batches):
+        raise ValueError(f"{run.name}: {run.snapshots} snapshots of only {len(batches)} steps")
     scored_at = {round(len(batches) * (k + 1) / run.snapshots): k for k in range(run.snapshots)}
     evaluated_at = {round(len(batches) * (k + 1) / run.evaluations) for k in range(run.evaluations)}
     seen_rows = np.random.default_rng(0).permutation(run.rows)[

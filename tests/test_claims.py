@@ -1,5 +1,7 @@
 """Verdicts: every rule can come out each way, and the intervals behind it are those of the textbook."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -272,3 +274,37 @@ def test_no_claim_is_judged_in_two_chapters():
     names = [claim for rules in RULES.values() for claim in rules]
     assert len(names) == len(set(names))
     assert claims.ALPHA == 0.05
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+@pytest.fixture
+def published(tmp_path, toy_chapter, monkeypatch) -> Path:
+    """Two presets in which the toy chapter has run; in one of them only claim *d* was judged."""
+    for preset, given in (("default", {"d": 3.0, "e": 0.0}), ("other", {"d": -3.0})):
+        rules = {claim: rule for claim, rule in (("d", DIRECTED), ("e", EQUIVALENT)) if claim in given}
+        monkeypatch.setitem(RULES, toy_chapter, rules)
+        table = verdicts(toy_chapter, {claim: evidence(rule, given[claim]) for claim, rule in rules.items()})
+        (tmp_path / preset / toy_chapter).mkdir(parents=True)
+        table.sort_values("claim", ascending=False).to_csv(tmp_path / preset / toy_chapter / "claims.csv", index=False)
+    monkeypatch.setitem(RULES, toy_chapter, {"e": EQUIVALENT, "d": DIRECTED})
+    return tmp_path
+
+
+def test_the_ledger_shows_each_verdict_by_preset_in_the_order_of_the_rules(published):
+    table = claims.ledger(published)
+    assert table.columns.tolist() == ["claim", "says", "default", "other"]
+    assert table["claim"].tolist() == ["e", "d"]
+    assert table["default"].str.split().str[0].tolist() == ["**holds**", "**holds**"]
+    assert table["default"].str.split().str[1].tolist() == ["+0.000", "+0.300"]
+    assert table["other"].str.split().str[0].tolist() == ["-", "**fails**"]
+
+
+def test_the_ledger_replaces_what_stands_between_its_marks_and_nothing_else(published):
+    page = "# Title\n<!-- claims -->\nyesterday\n<!-- claims -->\nend\n"
+    new = claims.with_ledger(page, published)
+    assert new.startswith("# Title\n<!-- claims -->\n| claim | says | default | other |\n| --- | --- | --- | --- |\n")
+    assert new.endswith(" |\n<!-- claims -->\nend\n")
+    assert "yesterday" not in new
+    assert claims.with_ledger(new, published) == new

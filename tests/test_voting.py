@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -133,10 +134,10 @@ def test_out_of_fold_runs_train_and_score_what_the_plan_says():
     assert [(run.rows.tolist(), run.score_rows.tolist()) for run in runs[1:3]] == [([1, 2], [0]), ([0], [1, 2])]
 
 
-# ---------------------------------------------------------------- scores and margins
+# ---------------------------------------------------------------- rewards
 
 
-def write_scores(folder, rows: list[tuple[str, int, float, float]]):
+def write_scores(folder: Path, rows: list[tuple[str, int, float, float]]) -> Path:
     folder.mkdir()
     columns = ["pair_id", "snapshot", "reward_chosen", "reward_rejected"]
     pd.DataFrame(rows, columns=columns).to_parquet(folder / "scores.parquet")
@@ -144,28 +145,34 @@ def write_scores(folder, rows: list[tuple[str, int, float, float]]):
 
 
 @pytest.fixture
-def folders(tmp_path) -> list:
+def folders(tmp_path) -> list[Path]:
     """Two members; the second one did not score pair *b*, and has a second snapshot."""
     first = write_scores(tmp_path / "m0", [("a", 0, 3.0, 1.0), ("b", 0, 0.0, 0.5), ("c", 0, 1.0, 1.0)])
     second = write_scores(tmp_path / "m1", [("c", 0, 4.0, 1.0), ("a", 0, 0.0, 2.0), ("a", 1, 9.0, 0.0)])
     return [first, second]
 
 
-def test_scores_are_read_by_snapshot_and_numbered_by_member(folders):
-    scores = voting.read_scores(folders)
-    assert scores["member"].tolist() == [0, 0, 0, 1, 1]
-    assert voting.read_scores(folders, snapshot=1)["reward_chosen"].tolist() == [9.0]
-    assert len(voting.read_scores(folders, snapshot=None)) == 6
+def margins(folders: list[Path], pair_ids: list[str]) -> np.ndarray:
+    """Margins, shape (members, pairs)."""
+    rewards = np.array([voting.read_rewards(folder, pair_ids) for folder in folders])
+    return rewards[..., 0] - rewards[..., 1]
 
 
-def test_margins_come_in_the_order_asked_for_and_are_nan_where_unscored(folders):
-    margins = voting.margins(voting.read_scores(folders), ["c", "a", "b"])
-    assert margins == pytest.approx(np.array([[0.0, 2.0, -0.5], [3.0, -2.0, np.nan]]), nan_ok=True)
+def test_rewards_come_in_the_order_asked_for_and_are_nan_where_unscored(folders):
+    rewards = voting.read_rewards(folders[1], ["b", "c", "a"])
+    assert rewards == pytest.approx(np.array([[np.nan, np.nan], [4.0, 1.0], [0.0, 2.0]]), nan_ok=True)
+    assert margins(folders, ["c", "a", "b"]) == pytest.approx(
+        np.array([[0.0, 2.0, -0.5], [3.0, -2.0, np.nan]]), nan_ok=True
+    )
 
 
-def test_margins_by_snapshot_follow_one_member(folders):
-    scores = voting.read_scores(folders[1:], snapshot=None)
-    assert voting.margins(scores, ["a"], by="snapshot") == pytest.approx(np.array([[-2.0], [9.0]]))
+def test_rewards_are_those_of_the_snapshot_asked_for(folders):
+    assert voting.read_rewards(folders[1], ["a"], snapshot=1).tolist() == [[9.0, 0.0]]
+
+
+def test_a_snapshot_that_was_not_taken_raises_and_lists_those_that_were(folders):
+    with pytest.raises(ValueError, match=r"m1 holds no snapshot 2, only \[0, 1\]"):
+        voting.read_rewards(folders[1], ["a"], snapshot=2)
 
 
 # ---------------------------------------------------------------- strength
@@ -181,7 +188,7 @@ def test_strength_by_hand():
 
 
 def test_members_that_did_not_score_a_pair_do_not_count_for_it(folders):
-    table = voting.strength(voting.margins(voting.read_scores(folders), ["a", "b", "c"]), ["a", "b", "c"])
+    table = voting.strength(margins(folders, ["a", "b", "c"]), ["a", "b", "c"])
     assert table["mean"].tolist() == pytest.approx([0.0, -0.5, 1.5])
     assert table["std"].tolist() == pytest.approx([2.0, 0.0, 1.5])
 
@@ -189,7 +196,7 @@ def test_members_that_did_not_score_a_pair_do_not_count_for_it(folders):
 def test_a_pair_that_nobody_scored_is_named(folders):
     ids = ["a", "forgotten", "c"]
     with pytest.raises(ValueError, match="no member scored pair 'forgotten'"):
-        voting.strength(voting.margins(voting.read_scores(folders), ids), ids)
+        voting.strength(margins(folders, ids), ids)
 
 
 def test_committees_are_means_of_distinct_members():
