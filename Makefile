@@ -24,8 +24,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 book: env  ## set up, then regenerate every figure (PRESET=default)
 	$(BIN)/snakemake --cores all --quiet rules --config preset=$(PRESET)
 
-test: lint unit book  ## check the code, the book's default run, and its notebooks cell by cell
+test: lint unit book  ## check the code, the default run and its notebooks cell by cell, and the path on people's votes
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+	@if [ -d "$${RMLIB_DATA:-data}/ukp_convarg1" ]; then $(MAKE) book PRESET=smoke_convarg; \
+	else echo "UKPConvArg1 is not in $${RMLIB_DATA:-data}: the path on people's votes was not run"; fi
 
 unit: env
 	$(BIN)/python -m pytest
@@ -38,7 +40,7 @@ lab: env  ## open the book in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 notebooks: env  ## run the default preset, keep its outputs in notebooks/ and README.md
-	$(BIN)/python -m rmlib.notebooks
+	$(BIN)/python -m rmlib.notebooks refresh
 	$(BIN)/python -m rmlib.claims
 
 clean:  ## forget all results (figures stay)

@@ -1,6 +1,10 @@
 # The graph of notebooks: `snakemake --cores all --config preset=default`.
 # A chapter reruns when its notebook, its parameters, an earlier chapter or a module it uses has changed.
+import os
 import sys
+from glob import glob
+
+import yaml
 
 PRESET = config.get("preset", "default")
 CORE = ["__init__", "runs", "params", "figures", "data", "models", "training", "losses", "evaluation", "world"]
@@ -12,6 +16,14 @@ CHAPTERS = {
 
 def record(stem):
     return f"results/{PRESET}/{stem}/run.json"
+
+
+def data_files(stem):
+    """Files of a data set that a chapter reads, if its parameters name one."""
+    with open(f"params/{PRESET}/{stem}.yaml") as file:
+        given = yaml.safe_load(file)
+    people = given.get("source") == "convarg"
+    return sorted(glob(f"{os.environ.get('RMLIB_DATA', 'data')}/{given['data_path']}/*")) if people else []
 
 
 rule book:
@@ -29,6 +41,7 @@ for stem, chapter in CHAPTERS.items():
             parameters=f"params/{PRESET}/{stem}.yaml",
             modules=[f"rmlib/{name}.py" for name in chapter["modules"]],
             language=["rmlib/world.yaml", "rmlib/paper.csv"],
+            people=data_files(stem),
             earlier=[record(earlier) for earlier in chapter["after"]],
         output:
             record=record(stem),
@@ -42,7 +55,7 @@ for stem, chapter in CHAPTERS.items():
         shell:
             # checked before a kernel starts; the executed notebook survives a failure as the log;
             # a run that drew no figure leaves no record, and then the rule fails
-            "{params.python} -m rmlib.params {params.stem} {input.parameters}"
+            "{params.python} -m rmlib.notebooks check {params.stem} {input.parameters}"
             " && {params.python} -m papermill {input.notebook} {log.notebook} -f {input.parameters}"
             " -k python3 --no-progress-bar --log-output --log-level WARNING"
             " && cp {log.notebook} {output.notebook}"

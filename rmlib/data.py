@@ -2,7 +2,7 @@
 
 A *pair set* holds two responses a prompt and what people or the world say of them, without a label. A
 seed draws the label and so turns it into a *preference set*: a ``datasets.Dataset`` with ``pair_id,
-prompt_id, prompt, chosen, rejected, chosen_id, rejected_id, subset, split`` and its truth, either
+prompt_id, prompt, chosen, rejected, chosen_id, rejected_id, subset, topic, split`` and its truth, either
 ``gold_chosen, gold_rejected`` (the world) or ``votes`` (people: +1, 0 or -1 for every vote but the label).
 """
 
@@ -73,7 +73,8 @@ def _convarg_file(path: Path) -> Iterator[dict]:
             "id_a": f"{path.stem}/{get['arg1/id']}",
             "id_b": f"{path.stem}/{get['arg2/id']}",
             "ballots": [{"a1": 1, "a2": -1, "equal": 0}[vote] for vote in votes],
-            "subset": get["debateMetaData/title"].strip(),
+            "subset": path.stem.split("_")[0].strip("-"),
+            "topic": path.stem,
         }
 
 
@@ -116,12 +117,11 @@ def _ordered(pair: dict, chosen: str, rejected: str) -> dict:
     sides = {"chosen": chosen, "rejected": rejected}
     texts = {side: pair[f"response_{k}"] for side, k in sides.items()}
     ids = {f"{side}_id": pair[f"id_{k}"] for side, k in sides.items()}
-    return (
-        {name: pair[name] for name in ("pair_id", "prompt_id", "prompt")}
-        | texts
-        | ids
-        | {name: pair[name] for name in ("subset", "split")}
+    head, tail = (
+        {name: pair[name] for name in names}
+        for names in (("pair_id", "prompt_id", "prompt"), ("subset", "topic", "split"))
     )
+    return head | texts | ids | tail
 
 
 def truth(preferences: Dataset) -> np.ndarray:

@@ -67,6 +67,12 @@ def dots(ax: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **
     ax.errorbar(x, mean, yerr=bars, label=label, color=color, **{"fmt": "o", "markersize": 4, "capsize": 2} | kwargs)
 
 
+def summary(values: np.ndarray, **columns: object) -> pd.DataFrame:
+    """``columns`` with the mean over seeds of ``values`` (seeds, points) and its 95 % interval, as a table."""
+    mean, low, high = over_seeds(values)
+    return pd.DataFrame(columns | {"mean": mean, "low": low, "high": high})
+
+
 def paper(figure: str, series: str) -> pd.DataFrame:
     """Points ``x, y`` that the paper prints or that were read off its figure. Raises ``KeyError`` if there are none."""
     table = pd.read_csv(files("rmlib").joinpath("paper.csv"), comment="#", dtype={"figure": str})

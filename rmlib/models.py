@@ -224,7 +224,10 @@ def generate(
 
 @torch.no_grad()
 def encode(name: str, texts: list[tuple[str, str]], *, max_length: int, batch_size: int = 64) -> Tensor:
-    """Mean-pooled, unit-length features of (prompt, response) texts from a frozen encoder, shape (texts, hidden)."""
+    """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden).
+
+    Each text's features are scaled to a mean square of 1, so that a head trains on them at an ordinary rate.
+    """
     folder = source_folder(name)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
@@ -237,7 +240,8 @@ def encode(name: str, texts: list[tuple[str, str]], *, max_length: int, batch_si
         )
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].float()
-        features[rows] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        features[rows] = nn.functional.normalize(pooled, dim=1) * pooled.shape[1] ** 0.5
     return features
 
 

@@ -1,6 +1,7 @@
 """Notebooks as files: their parameters cell, and outputs kept clean in the committed copies.
 
-``python -m rmlib.notebooks`` runs every notebook with its own parameters and keeps the outputs in place.
+``python -m rmlib.notebooks refresh`` runs every notebook with its own parameters and keeps the outputs in
+place; ``python -m rmlib.notebooks check STEM FILE.yaml`` checks a parameter file before a kernel starts.
 """
 
 import base64
@@ -14,6 +15,7 @@ import nbformat
 import papermill
 from PIL import Image
 
+from rmlib import params
 from rmlib.runs import ROOT
 
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -64,7 +66,20 @@ def refresh(notebook: Path) -> None:
         nbformat.write(clean(nbformat.read(executed, as_version=4)), notebook)
 
 
+def main(command: str, stem: str = "", file: str = "") -> None:
+    """``refresh`` all notebooks, or ``check`` a chapter's parameter file before a kernel starts."""
+    if command == "refresh":
+        for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+            print(path.name, file=sys.stderr, flush=True)
+            refresh(path)
+    elif command == "check":
+        params.read_yaml(stem, Path(file), parameters_cell(ROOT / "notebooks" / f"{stem}.ipynb"))
+    else:
+        raise ValueError(f"unknown command {command!r}; choose from refresh, check STEM FILE")
+
+
 if __name__ == "__main__":
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        print(path.name, file=sys.stderr, flush=True)
-        refresh(path)
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,12 +1,11 @@
 """The parameters of every chapter: their types and ranges, checked before anything runs.
 
 Values and reasons stand in the notebooks' parameters cells and in ``params/<preset>/<stem>.yaml``; here
-stands only what is allowed. ``check`` runs in each notebook's second code cell; the command
-``python -m rmlib.params STEM FILE.yaml`` checks a file before a kernel starts.
+stands only what is allowed. ``check`` runs in each notebook's second code cell, ``read_yaml`` on a file
+before a kernel starts.
 """
 
 import difflib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -77,7 +76,7 @@ class PreferenceStrength(Parameters):
     slice_epochs: Positive
     long_epochs: Annotated[int, Field(ge=2)]
     growing_shares: Annotated[list[Share], Field(min_length=1)]
-    fold_group: Literal["prompt_id", "subset"]
+    fold_group: Literal["prompt_id", "topic", "subset"]
     n_folds: Annotated[int, Field(ge=2)]
     n_response_folds: Annotated[int, Field(ge=3)]
     fold_members: Count
@@ -137,14 +136,3 @@ def _explain(problem: Mapping, known: list[str]) -> str:
     if problem["type"] == "missing":
         return f"parameter {key!r} is missing"
     return f"{key} = {problem['input']!r}: {problem['msg']}"
-
-
-if __name__ == "__main__":
-    from rmlib.notebooks import parameters_cell
-
-    chapter, file = sys.argv[1], Path(sys.argv[2])
-    notebook = Path(__file__).resolve().parent.parent / "notebooks" / f"{chapter}.ipynb"
-    try:
-        read_yaml(chapter, file, parameters_cell(notebook))
-    except ValueError as error:
-        sys.exit(str(error))

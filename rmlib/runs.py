@@ -41,13 +41,14 @@ def data_folder() -> Path:
 
 
 def content_key(*parts: object, code: Sequence[str] = ()) -> str:
-    """Hash of ``parts`` and of the modules of rmlib named in ``code``.
+    """Hash of ``parts``, of the modules of rmlib named in ``code``, and of the versions that compute.
 
     Paths stand for the bytes of their file (or of all files in their folder), arrays for their values;
     comments and docstrings of the code do not count.
     """
     digest = hashlib.sha256()
-    for part in [*parts, *(_code_text(name) for name in code)]:
+    versions = [version(name) for name in ("torch", "transformers", "tokenizers")]
+    for part in [*parts, *(_code_text(name) for name in code), versions]:
         digest.update(_bytes_of(part))
     return digest.hexdigest()[:16]
 

@@ -84,6 +84,8 @@ def fit(
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
+    if machine.num_processes != 1:
+        raise RuntimeError(f"fit trains in one process, not in {machine.num_processes}: each would train its own copy")
     schedule, warmup = SCHEDULES[optimisation.schedule], round(optimisation.warmup_ratio * steps)
     model.to(machine.device)  # not prepared: a prepared model goes on computing in bf16 when it scores
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -282,7 +282,7 @@ def test_no_claim_is_judged_in_two_chapters():
 @pytest.fixture
 def published(tmp_path, toy_chapter, monkeypatch) -> Path:
     """Two presets in which the toy chapter has run; in one of them only claim *d* was judged."""
-    for preset, given in (("default", {"d": 3.0, "e": 0.0}), ("other", {"d": -3.0})):
+    for preset, given in (("default", {"d": 3.0, "e": 0.0}), ("full", {"d": -3.0})):
         rules = {claim: rule for claim, rule in (("d", DIRECTED), ("e", EQUIVALENT)) if claim in given}
         monkeypatch.setitem(RULES, toy_chapter, rules)
         table = verdicts(toy_chapter, {claim: evidence(rule, given[claim]) for claim, rule in rules.items()})
@@ -294,17 +294,17 @@ def published(tmp_path, toy_chapter, monkeypatch) -> Path:
 
 def test_the_ledger_shows_each_verdict_by_preset_in_the_order_of_the_rules(published):
     table = claims.ledger(published)
-    assert table.columns.tolist() == ["claim", "says", "default", "other"]
+    assert table.columns.tolist() == ["claim", "says", "default", "full"]
     assert table["claim"].tolist() == ["e", "d"]
     assert table["default"].str.split().str[0].tolist() == ["**holds**", "**holds**"]
     assert table["default"].str.split().str[1].tolist() == ["+0.000", "+0.300"]
-    assert table["other"].str.split().str[0].tolist() == ["-", "**fails**"]
+    assert table["full"].str.split().str[0].tolist() == ["-", "**fails**"]
 
 
 def test_the_ledger_replaces_what_stands_between_its_marks_and_nothing_else(published):
     page = "# Title\n<!-- claims -->\nyesterday\n<!-- claims -->\nend\n"
     new = claims.with_ledger(page, published)
-    assert new.startswith("# Title\n<!-- claims -->\n| claim | says | default | other |\n| --- | --- | --- | --- |\n")
+    assert new.startswith("# Title\n<!-- claims -->\n| claim | says | default | full |\n| --- | --- | --- | --- |\n")
     assert new.endswith(" |\n<!-- claims -->\nend\n")
     assert "yesterday" not in new
     assert claims.with_ledger(new, published) == new

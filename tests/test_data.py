@@ -29,7 +29,7 @@ def test_labels_repeat_with_their_seed_only(many_pairs, tiny_pairs, tiny_prefere
 
 def test_a_labelled_pair_holds_both_responses_with_their_own_gold(tiny_pairs, tiny_preferences):
     texts_and_ids = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id"]
-    columns = ["pair_id", "prompt_id", *texts_and_ids, "subset", "split", "gold_chosen", "gold_rejected"]
+    columns = ["pair_id", "prompt_id", *texts_and_ids, "subset", "topic", "split", "gold_chosen", "gold_rejected"]
     assert tiny_preferences.column_names == columns
     for pair, row in zip(tiny_pairs, tiny_preferences, strict=True):
         chosen, rejected = ("a", "b") if row["chosen_id"] == pair["id_a"] else ("b", "a")
