@@ -205,10 +205,10 @@ class Run:
         outputs = json.loads(record.read_text(encoding="utf-8"))["outputs"]
         return {name: record.parent / path for name, path in outputs.items()}
 
-    def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
-        """Write ``table`` as evidence (CSV) and return it."""
-        write_table(table, self.draft / f"{name}.csv")
-        self.files.append(f"{name}.csv")
+    def table(self, name: str, table: pd.DataFrame, suffix: str = ".csv") -> pd.DataFrame:
+        """Write ``table`` as evidence (CSV, or Parquet where rows are many) and return it."""
+        write_table(table, self.draft / f"{name}{suffix}")
+        self.files.append(f"{name}{suffix}")
         return table
 
     def finish(self, figures: Iterable[str], outputs: Mapping[str, Path] | None = None) -> None:
