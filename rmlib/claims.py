@@ -264,7 +264,8 @@ def ledger(figures: Path) -> pd.DataFrame:
     effect = [f"**{r.verdict}** {r.estimate:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in rows.itertuples()]
     wide = rows.assign(effect=effect).pivot(index=["claim", "says"], columns="preset", values="effect").reset_index()
     order = [claim for chapter in RULES.values() for claim in chapter]
-    return wide.sort_values("claim", key=lambda claims: claims.map(order.index), ignore_index=True).fillna("-")
+    wide = wide.sort_values("claim", key=lambda claims: claims.map(order.index), ignore_index=True).fillna("-")
+    return wide[["claim", "says", *(preset for preset in PRESETS if preset in wide)]]
 
 
 def markdown(table: pd.DataFrame) -> str:

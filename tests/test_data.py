@@ -99,7 +99,8 @@ def test_an_argument_pair_is_read_with_its_votes(corpus):
             "id_a": "tea_tea/p1-1",
             "id_b": "tea_tea/p1-2",
             "ballots": [1, -1, 0, 1, 1],
-            "subset": "Tea or coffee?",
+            "subset": "tea",
+            "topic": "tea_tea",
             "split": "train",
         }
     ]
