@@ -22,8 +22,7 @@ def data_files(stem):
     """Files of a data set that a chapter reads, if its parameters name one."""
     with open(f"params/{PRESET}/{stem}.yaml") as file:
         given = yaml.safe_load(file)
-    people = given.get("source") == "convarg"
-    return sorted(glob(f"{os.environ.get('RMLIB_DATA', 'data')}/{given['data_path']}/*")) if people else []
+    return sorted(glob(f"{os.environ.get('RMLIB_DATA', 'data')}/{given['data_path']}/*")) if "data_path" in given else []
 
 
 rule book:

@@ -52,9 +52,11 @@ def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _small_png(encoded: str) -> str:
-    """A base64 PNG in 64 colours, about a quarter of the size; full resolution stands in ``figures/``."""
+    """A base64 PNG in 256 colours, about a third of the size; full resolution stands in ``figures/``."""
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
+        small, "PNG", optimize=True
+    )
     return base64.b64encode(small.getvalue()).decode()
 
 

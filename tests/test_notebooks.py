@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from rmlib import params
+from rmlib import claims, params
 from rmlib.notebooks import clean
 from rmlib.runs import ROOT
 
@@ -108,3 +109,16 @@ def test_clean_drops_what_changes_from_run_to_run():
     assert [cell.source for cell in tidy.cells] == ["x"]
     assert [output.text for output in tidy.cells[0].outputs] == ["results\n"]
     assert not tidy.cells[0].metadata and set(tidy.metadata) == {"kernelspec"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "figures").glob("*/*/claims.csv")), ids=name)
+def test_committed_claims_were_judged_by_the_rules_that_stand(path):
+    table = pd.read_csv(path, dtype={"claim": str}).set_index("claim")
+    for claim, rule in claims.RULES[path.parent.name].items():
+        row = table.loc[claim]
+        assert (row["says"], row["effect"], row["source"]) == (rule.says, rule.effect, rule.source)
+
+
+def test_readme_shows_the_committed_claims():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert claims.with_ledger(readme, ROOT / "figures") == readme

@@ -100,3 +100,10 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path):
     path.write_text("- lr\n")
     with pytest.raises(params.ParameterError, match=r"mine\.yaml: expected 'key: value' lines, got list"):
         params.read_yaml("01_preference_strength", path, cell("01_preference_strength"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_people_s_votes_come_with_the_place_of_their_files(path):
+    """The graph of notebooks watches the files that a parameter file names."""
+    given = yaml.safe_load(path.read_text())
+    assert given.get("source") != "convarg" or "data_path" in given
