@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env book test unit lint lab notebooks clean
+.PHONY: help env book test unit lint lab bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,12 +22,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 book: env  ## set up, then regenerate every figure (PRESET=default)
-	$(BIN)/snakemake --cores all --quiet rules --config preset=$(PRESET)
+	$(BIN)/snakemake --cores all --quiet rules --rerun-incomplete --nolock --config preset=$(PRESET)
 
-test: lint unit book  ## check the code, the default run and its notebooks cell by cell, and the path on people's votes
+test: lint unit book  ## check the code, the default run and its notebooks cell by cell, and the paths on people's data
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
-	@if [ -d "$${RMLIB_DATA:-data}/ukp_convarg1" ]; then $(MAKE) book PRESET=smoke_convarg; \
-	else echo "UKPConvArg1 is not in $${RMLIB_DATA:-data}: the path on people's votes was not run"; fi
+	@for one in ukp_convarg1=smoke_convarg hh_harmless_test=smoke_hh; do \
+	  if [ -d "$${RMLIB_DATA:-data}/$${one%=*}" ]; then $(MAKE) book PRESET=$${one#*=} || exit 1; \
+	  else echo "$${one%=*} is not in $${RMLIB_DATA:-data}: preset $${one#*=} was not run"; fi; done
 
 unit: env
 	$(BIN)/python -m pytest
@@ -38,6 +39,10 @@ lint: env
 
 lab: env  ## open the book in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+bench: env  ## race TRL's RewardTrainer, into docs/race (ten minutes; a quiet machine)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/race.py
 
 notebooks: env  ## run the default preset, keep its outputs in notebooks/ and README.md
 	$(BIN)/python -m rmlib.notebooks refresh

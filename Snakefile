@@ -6,12 +6,21 @@ from glob import glob
 
 import yaml
 
+from rmlib.records import forget_broken
+
 PRESET = config.get("preset", "default")
-CORE = ["__init__", "runs", "params", "figures", "data", "models", "training", "losses", "evaluation", "world"]
+PLACE = ["__init__", "runs", "records", "params", "figures", "evaluation", "data", "sources"]
+CORE = [*PLACE, "models", "training", "losses", "world"]
 CHAPTERS = {
     "00_world_and_data": {"modules": CORE, "after": []},
     "01_preference_strength": {"modules": [*CORE, "voting", "claims"], "after": ["00_world_and_data"]},
+    "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
+# A preset runs the chapters for which it has a file of parameters.
+CHAPTERS = {stem: chapter for stem, chapter in CHAPTERS.items() if os.path.exists(f"params/{PRESET}/{stem}.yaml")}
+if not CHAPTERS:
+    sys.exit(f"no preset {PRESET!r} in params/; there are {', '.join(sorted(os.listdir('params')))}")
+forget_broken(PRESET)  # what a crash left half-written is made again
 
 
 def record(stem):
@@ -21,8 +30,11 @@ def record(stem):
 def data_files(stem):
     """Files of a data set that a chapter reads, if its parameters name one."""
     with open(f"params/{PRESET}/{stem}.yaml") as file:
-        given = yaml.safe_load(file)
-    return sorted(glob(f"{os.environ.get('RMLIB_DATA', 'data')}/{given['data_path']}/*")) if "data_path" in given else []
+        path = yaml.safe_load(file).get("data_path") or "hub:"
+    if path.startswith("hub:"):
+        return []
+    place = os.path.join(os.environ.get("RMLIB_DATA") or "data", path)
+    return sorted(name for name in glob(f"{place}/**", recursive=True) if os.path.isfile(name))
 
 
 rule book:
@@ -34,14 +46,14 @@ for stem, chapter in CHAPTERS.items():
 
     rule:
         name:
-            f"chapter_{stem[:2]}"
+            f"chapter_{stem.split('_')[0]}"
         input:
             notebook=f"notebooks/{stem}.ipynb",
             parameters=f"params/{PRESET}/{stem}.yaml",
             modules=[f"rmlib/{name}.py" for name in chapter["modules"]],
             language=["rmlib/world.yaml", "rmlib/paper.csv"],
             people=data_files(stem),
-            earlier=[record(earlier) for earlier in chapter["after"]],
+            earlier=[record(earlier) for earlier in chapter["after"] if earlier in CHAPTERS],
         output:
             record=record(stem),
             notebook=f"results/{PRESET}/{stem}/{stem}.ipynb",

@@ -143,8 +143,15 @@ class Evidence:
         """Mean effect over seeds."""
         return float(np.mean(self.effects))
 
+    @property
+    def known(self) -> bool:
+        """Whether every effect and every draw is a finite number."""
+        return all(np.isfinite(values).all() for values in (self.effects, self.draws) if values is not None)
+
     def interval(self, level: float) -> tuple[float, float]:
-        """Two-sided interval: Student's t over seeds, or percentiles of the draws."""
+        """Two-sided interval: Student's t over seeds, or percentiles of the draws; NaN for an unknown effect."""
+        if not self.known:
+            return np.nan, np.nan
         if self.draws is not None:
             low, high = np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2])
             return float(low), float(high)
@@ -158,6 +165,8 @@ class Evidence:
 
         That is a test of no effect, or, for an equivalence claim, of an effect beyond ± the margin.
         """
+        if not self.known:
+            return 1.0
         if rule.equivalence:
             return max(self._beyond(-rule.margin, below=True), self._beyond(rule.margin, below=False))
         return min(self._beyond(0.0, below=True), self._beyond(0.0, below=False))
@@ -177,7 +186,7 @@ class Evidence:
 
     def seeds_needed(self, distance: float, level: float) -> float:
         """Seeds at which the interval's half width falls below ``distance``, from today's spread; NaN if unknown."""
-        if self.draws is not None or len(self.effects) < 2 or distance <= 0:
+        if self.draws is not None or len(self.effects) < 2 or not distance > 0:
             return np.nan
         spread = np.std(self.effects, ddof=1)
         for n in range(2, 1000):

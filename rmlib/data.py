@@ -1,4 +1,4 @@
-"""Preference sets: where they come from, how labels are drawn, and how pairs become batches.
+"""Preference sets: how labels are drawn, and how pairs become batches.
 
 A *pair set* holds two responses a prompt and what people or the world say of them, without a label. A
 seed draws the label and so turns it into a *preference set*: a ``datasets.Dataset`` with ``pair_id,
@@ -6,10 +6,8 @@ prompt_id, prompt, chosen, rejected, chosen_id, rejected_id, subset, topic, spli
 ``gold_chosen, gold_rejected`` (the world) or ``votes`` (people: +1, 0 or -1 for every vote but the label).
 """
 
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,56 +24,6 @@ def world_pairs(prompts: Sequence[dict], seed: int, responses_per_prompt: int) -
     """Pair set of the miniature world for the splits that hold preferences."""
     rows = [row for row in prompts if row["split"] in ("train", "validation", "test", "ood")]
     return world.write_pairs(rows, seed, responses_per_prompt)
-
-
-def convarg_pairs(folder: str | Path, *, n_ood_debates: int, seed: int) -> list[dict]:
-    """Pair set of UKPConvArg1 (Habernal and Gurevych 2016) from its published XML, one row a pair.
-
-    The prompt is debate and stance; ``n_ood_debates`` whole debates, both stances of each, are drawn for
-    split ``ood``, the others are ``train``. Pairs of identical texts are left out and counted.
-    Raises ``FileNotFoundError`` for a folder without XML and ``ValueError`` naming the file and pair that
-    cannot be read.
-    """
-    paths = sorted(Path(folder).glob("*.xml"))
-    if not paths:
-        raise FileNotFoundError(f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says")
-    rows = [row for path in paths for row in _convarg_file(path)]
-    debates = sorted({row["subset"] for row in rows})
-    if n_ood_debates >= len(debates):
-        raise ValueError(f"n_ood_debates {n_ood_debates} leaves no debate to train on: there are {len(debates)}")
-    ood = set(np.random.default_rng(seed).choice(debates, n_ood_debates, replace=False).tolist())
-    distinct = [row for row in rows if row["response_a"] != row["response_b"]]
-    print(f"UKPConvArg1: {len(rows)} pairs in {len(debates)} debates, {len(ood)} of them held out")
-    print(f"  left out, identical texts: {len(rows) - len(distinct)}")
-    return [row | {"split": "ood" if row["subset"] in ood else "train"} for row in distinct]
-
-
-def _convarg_file(path: Path) -> Iterator[dict]:
-    try:
-        pairs = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f"{path}: not readable as XML ({error})") from None
-    for n, pair in enumerate(pairs):
-        get = {field: pair.findtext(field) for field in ("id", "arg1/text", "arg2/text", "arg1/id", "arg2/id")}
-        get |= {field: pair.findtext(field) for field in ("debateMetaData/title", "arg1/stance")}
-        votes = [vote.findtext("value") for vote in pair.iter("mTurkAssignment")]
-        missing = [field for field, value in get.items() if not (value or "").strip()]
-        if missing or not votes or not set(votes) <= {"a1", "a2", "equal"}:
-            problem = f"missing {', '.join(missing)}" if missing else f"votes {votes}"
-            raise ValueError(f"{path}: pair {n} ({get['id']}): {problem}")
-        prompt = f"{get['debateMetaData/title'].strip()} | {get['arg1/stance'].strip()}"
-        yield {
-            "pair_id": f"{path.stem}/{get['id']}",
-            "prompt_id": path.stem,
-            "prompt": prompt,
-            "response_a": get["arg1/text"].strip(),
-            "response_b": get["arg2/text"].strip(),
-            "id_a": f"{path.stem}/{get['arg1/id']}",
-            "id_b": f"{path.stem}/{get['arg2/id']}",
-            "ballots": [{"a1": 1, "a2": -1, "equal": 0}[vote] for vote in votes],
-            "subset": path.stem.split("_")[0].strip("-"),
-            "topic": path.stem,
-        }
 
 
 # ---------------------------------------------------------------- labels
@@ -261,11 +209,15 @@ def causal_pairs(preferences: Dataset, tokenizer, max_length: int) -> CausalPair
 
 
 def prompt_ids(prompts: list[str], tokenizer) -> list[np.ndarray]:
-    """Token ids of prompts: exactly one beginning-of-text token, and the separator where the tokenizer has one."""
+    """Token ids of prompts: exactly one beginning-of-text token, and the separator where the tokenizer has one.
+
+    A chat template may have written the first token already.
+    """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
     return [
-        np.array(start + ids + end, dtype=np.int64) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        np.array((start if ids[:1] != start else []) + ids + end, dtype=np.int64)
+        for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]
     ]
 
 
@@ -277,15 +229,25 @@ def response_ids(responses: list[str], tokenizer) -> list[np.ndarray]:
 
 def encoder_pairs(preferences: Dataset, tokenizer, max_length: int) -> EncoderPairs:
     """Tokenize for an encoder; texts over ``max_length`` tokens are cut and counted."""
-    sides, cut = [], 0
-    for side in ("chosen", "rejected"):
-        ids = tokenizer(list(preferences["prompt"]), list(preferences[side]))["input_ids"]
-        cut += sum(len(tokens) > max_length for tokens in ids)
-        texts = (list(preferences["prompt"]), list(preferences[side]))
-        sides.append(tokenizer(*texts, truncation="only_second", max_length=max_length)["input_ids"])
+    prompts = list(preferences["prompt"])
+    whole, read = (
+        [encoder_ids(prompts, list(preferences[side]), tokenizer, length) for side in ("chosen", "rejected")]
+        for length in (None, max_length)
+    )
+    cut = sum(len(tokens) > max_length for side in whole for tokens in side)
     if cut:
         print(f"  cut to {max_length} tokens: {cut} of {2 * len(preferences)} texts")
-    return EncoderPairs(*sides, tokenizer.pad_token_id)
+    return EncoderPairs(*read, tokenizer.pad_token_id)
+
+
+def is_encoder(tokenizer) -> bool:
+    """Whether a tokenizer belongs to an encoder: only those open a text with a token to classify it by."""
+    return tokenizer.cls_token_id is not None
+
+
+def encoder_ids(prompts: list[str], responses: list[str], tokenizer, max_length: int | None) -> list[list[int]]:
+    """Token ids of prompt and response together, the longer of the two cut first where they exceed ``max_length``."""
+    return tokenizer(prompts, responses, truncation=max_length is not None, max_length=max_length)["input_ids"]
 
 
 def feature_pairs(preferences: Dataset, features: Tensor, ids: list[str]) -> FeaturePairs:

@@ -1,7 +1,7 @@
 """Measuring reward models and votes: accuracy, detection of wrong labels, strength bands, calibration.
 
 A *margin* is the reward of chosen minus rejected; a *truth* the true margin of the label (positive where
-the label is right, 0 for a tie). Ties of the truth are left out of every share and counted apart.
+the label is right, 0 for a tie, NaN where nobody knows). Ties and unknowns are left out of every share.
 """
 
 import numpy as np
@@ -13,29 +13,34 @@ def accuracy(margins: np.ndarray) -> float:
     return float(np.mean(margins > 0)) if len(margins) else float("nan")
 
 
+def decided(truth: np.ndarray) -> np.ndarray:
+    """Mask of the labels on which the truth decides."""
+    return np.isfinite(truth) & (truth != 0)
+
+
 def gold_accuracy(margins: np.ndarray, truth: np.ndarray) -> float:
     """Share of pairs that the reward model orders as the truth does, ties of the truth left out."""
-    decided = truth != 0
-    return accuracy(margins[decided] * np.sign(truth[decided]))
+    known = decided(truth)
+    return accuracy(margins[known] * np.sign(truth[known]))
 
 
 def label_error(truth: np.ndarray) -> float:
     """Share of wrong labels among the pairs whose truth is no tie."""
-    return accuracy(-truth[truth != 0])
+    return accuracy(-truth[decided(truth)])
 
 
 def wrong_label_auroc(strength: np.ndarray, truth: np.ndarray) -> float:
     """AUROC of low ``strength`` as a detector of wrong labels; 0.5 is chance, NaN where one class is missing."""
-    decided = truth != 0
-    wrong = truth[decided] < 0
-    return float(roc_auc_score(wrong, -strength[decided])) if wrong.any() and not wrong.all() else float("nan")
+    known = decided(truth)
+    wrong = truth[known] < 0
+    return float(roc_auc_score(wrong, -strength[known])) if wrong.any() and not wrong.all() else float("nan")
 
 
 def wrong_label_precision_recall(suspect: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Precision and recall of the mask ``suspect`` for wrong labels, ties of the truth left out."""
-    decided = truth != 0
+    known = decided(truth)
     precision, recall, _, _ = precision_recall_fscore_support(
-        truth[decided] < 0, suspect[decided], average="binary", zero_division=0
+        truth[known] < 0, suspect[known], average="binary", zero_division=0
     )
     return float(precision), float(recall)
 
@@ -54,14 +59,14 @@ def band_means(values: np.ndarray, band: np.ndarray, n: int) -> np.ndarray:
 
 
 def label_confirmed(truth: np.ndarray) -> np.ndarray:
-    """1 where the truth confirms the label, 0 where it contradicts it, NaN for a tie."""
-    return np.where(truth == 0, np.nan, (truth > 0).astype(float))
+    """1 where the truth confirms the label, 0 where it contradicts it, NaN where it does not decide."""
+    return np.where(decided(truth), (truth > 0).astype(float), np.nan)
 
 
 def confirmed_by_band(strength: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
     """Share of labels that the truth confirms, by band of ``strength``, shape (n,) (paper Fig 3)."""
-    band, decided = bands(strength, n), truth != 0
-    return band_means((truth[decided] > 0).astype(float), band[decided], n)
+    band, known = bands(strength, n), decided(truth)
+    return band_means((truth[known] > 0).astype(float), band[known], n)
 
 
 def calibration_error(margins: np.ndarray, n: int = 10) -> float:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from rmlib.runs import Run
+from rmlib.records import Run
 
 # Wong's palette, safe for colour-blind readers; the paper is always drawn in black.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]

@@ -6,13 +6,19 @@ head on cached encoder features. ``pair_rewards`` scores all of them.
 """
 
 import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,6 +31,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging
+
+from rmlib import runs
 
 logging.set_verbosity_error()  # a new head is what a reward model is made of, not a warning
 logging.disable_progress_bar()
@@ -63,10 +71,15 @@ def small_llama(
     )
 
 
-def source_folder(name: str) -> str:
-    """Where pretrained weights lie: a folder, else an installed package that holds them, else a hub name."""
-    if Path(name).is_dir():
-        return name
+def source_folder(name: str | Path) -> str:
+    """Where pretrained weights lie: a folder, else an installed package that holds them, else a hub name.
+
+    Raises ``FileNotFoundError`` for a path or a package that holds no ``config.json``.
+    """
+    if isinstance(name, Path) or Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{name}: no checkpoint here, config.json is missing")
+        return str(name)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin is None:
         return name
@@ -76,43 +89,117 @@ def source_folder(name: str) -> str:
     return str(configs[0].parent)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer that belongs to a checkpoint (folder, package or hub name)."""
-    return AutoTokenizer.from_pretrained(source_folder(name))
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no code of strangers
 
 
-def reward_model(base: str, *, head_seed: int, dropout: float = 0.0) -> nn.Module:
+@contextmanager
+def _naming(name: str | Path) -> Iterator[None]:
+    """Errors of the libraries below say which checkpoint they mean."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) and str(name) in str(error):
+            raise
+        raise ValueError(f"{name}: cannot be read ({error})") from error
+
+
+def _from_checkpoint(kind: type, name: str | Path, **settings) -> tuple[nn.Module, list[str]]:
+    """A model in fp32, and the names of the weights that its checkpoint lacks.
+
+    Raises ``ValueError`` naming the checkpoint for weights that are broken, not finite or of another shape.
+    """
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, by name
+    with _naming(name):
+        model, info = kind.from_pretrained(source_folder(name), dtype=torch.float32, **SAFE, **told, **settings)
+    if info["mismatched_keys"]:
+        names = ", ".join(sorted(key for key, *_ in info["mismatched_keys"]))
+        raise ValueError(f"{name}: weights of another shape than config.json says: {names}")
+    _check_finite(model, name)
+    return model, sorted(info["missing_keys"])
+
+
+def _check_finite(model: nn.Module, name: str | Path) -> None:
+    broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{name}: weights that are not finite: {', '.join(broken)}")
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint (folder, package or hub name); it pads with its end token if it must.
+
+    Raises ``ValueError`` for a tokenizer that can neither pad nor end a text.
+    """
+    with _naming(name):
+        tokenizer = AutoTokenizer.from_pretrained(source_folder(name), revision=revision, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"{name}: the tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so a real end stays visible
+    return tokenizer
+
+
+def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> nn.Module:
     """A reward model on a pretrained ``base``: its trunk, and a new scalar head drawn after seeding.
 
     ``base`` is a causal LM or an encoder (folder, package or hub name), or a feature file
     (``*.safetensors``), which gives a :class:`FrozenRewardModel`. ``dropout`` acts inside attention
-    (causal models), or on the features (frozen); raises ``ValueError`` for a model that has no such place.
+    (causal models), or on the features (frozen). Raises ``ValueError`` naming ``base`` for a model that has no
+    such place, has several labels already, or whose weights are broken, not finite, or missing from its trunk.
     """
     torch.manual_seed(head_seed)
-    if base.endswith(".safetensors"):
-        return FrozenRewardModel(load_file(base)["features"].shape[1], dropout=dropout)
+    if is_features(base):
+        return FrozenRewardModel(load_features(base)[0].shape[1], dropout=dropout)
     folder = source_folder(base)
-    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    with _naming(base):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
+        raise ValueError(f"{base}: a reward model has one label, this one has {config.num_labels}")
+    config.num_labels = 1
     if dropout and not hasattr(config, "attention_dropout"):
         raise ValueError(f"{base}: a {config.model_type} has no attention_dropout to set")
     if dropout:
         config.attention_dropout = dropout
-    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+    model, missing = _from_checkpoint(AutoModelForSequenceClassification, base, config=config)
+    if lost := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
+        raise ValueError(f"{base}: weights are missing: {', '.join(lost)}")
     if hasattr(model, "classifier"):  # encoders carry a bias that no difference can learn: pin it at zero
         model.classifier.bias.requires_grad_(False).zero_()
     return model
 
 
 def load_reward_model(folder: str | Path) -> nn.Module:
-    """The reward model that ``save_reward_model`` left in ``folder``, scoring exactly as it did."""
+    """The reward model that ``save_reward_model`` left in ``folder``, scoring exactly as it did.
+
+    Raises ``FileNotFoundError`` where there is none, and ``ValueError`` naming the folder for weights that are
+    broken, missing (a language model has no reward head), not finite, or of more than one label.
+    """
     head = Path(folder) / "head.safetensors"
-    if not head.exists():
-        return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    state = load_file(head)
+    try:
+        model = _frozen_from(load_file(head)) if head.exists() else _classifier_from(Path(folder))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
+    _check_finite(model, folder)
+    return model.eval()
+
+
+def _frozen_from(state: dict[str, Tensor]) -> nn.Module:
+    if state["hidden.weight"].ndim != 2:
+        raise KeyError("hidden.weight is no matrix")
     width, n_features = state["hidden.weight"].shape
     model = FrozenRewardModel(n_features, hidden_size=width)
     model.load_state_dict(state)
-    return model.eval()
+    return model
+
+
+def _classifier_from(folder: Path) -> nn.Module:
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder}: no weights in safetensors format (pickled ones are not read)")
+    model, missing = _from_checkpoint(AutoModelForSequenceClassification, folder)
+    if missing:
+        raise ValueError(f"{folder}: no reward model, weights are missing: {', '.join(missing)}")
+    if model.config.num_labels != 1:
+        raise ValueError(f"{folder}: a reward model has one label, this one has {model.config.num_labels}")
+    return model
 
 
 def save_reward_model(model: nn.Module, folder: str | Path) -> None:
@@ -223,34 +310,88 @@ def generate(
 
 
 @torch.no_grad()
-def encode(name: str, texts: list[tuple[str, str]], *, max_length: int, batch_size: int = 64) -> Tensor:
+def encode(
+    name: str,
+    texts: list[tuple[str, str]],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 120.0,
+) -> Tensor:
     """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden).
 
-    Each text's features are scaled to a mean square of 1, so that a head trains on them at an ordinary rate.
+    Each text's features are scaled to a mean square of 1, so that a head trains on them at an ordinary rate. With
+    ``checkpoint`` a rerun goes on where a killed one was at most ``checkpoint_seconds`` ago.
     """
-    folder = source_folder(name)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model = load_tokenizer(name), _from_checkpoint(AutoModel, name)[0].eval().to(device)
+    if max_length > (places := getattr(model.config, "max_position_embeddings", max_length)):
+        raise ValueError(f"{name}: it reads {places} tokens, fewer than max_length {max_length}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
-    features = torch.empty(len(texts), model.config.hidden_size)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    features = _partial(checkpoint, torch.full((len(texts), model.config.hidden_size), torch.nan))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    saved = time.monotonic()
+    for rows in tqdm([rows for rows in batches if features[rows].isnan().any()], desc="encoding", mininterval=5):
         prompts, responses = zip(*(texts[i] for i in rows), strict=True)
         batch = tokenizer(
             list(prompts), list(responses), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-        )
+        ).to(device)
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1)
-        features[rows] = nn.functional.normalize(pooled, dim=1) * pooled.shape[1] ** 0.5
+        features[rows] = nn.functional.normalize(pooled, dim=1).cpu() * pooled.shape[1] ** 0.5
+        if checkpoint and time.monotonic() - saved >= checkpoint_seconds:
+            with runs.atomic(checkpoint) as temporary:
+                save_file({"features": features}, temporary)
+            saved = time.monotonic()
     return features
 
 
+def _partial(checkpoint: Path | None, empty: Tensor) -> Tensor:
+    """Features that a killed run has left, with NaN where it had not been; ``empty`` if there are none to use."""
+    if checkpoint is None or not checkpoint.exists():
+        return empty
+    try:
+        found = load_file(checkpoint)["features"]
+    except (SafetensorError, KeyError):
+        return empty
+    return found if found.shape == empty.shape else empty
+
+
 def save_features(features: Tensor, ids: list[str], path: Path) -> None:
-    """Write features (safetensors) and, beside them, the id of each row (text, one a line)."""
-    save_file({"features": features}, path)
-    path.with_suffix(".txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    """Write features and, in the file's metadata, the id of each row (safetensors)."""
+    save_file({"features": features}, path, metadata={"ids": json.dumps(ids)})
 
 
-def load_language_model(folder: str | Path) -> nn.Module:
-    """The causal LM in ``folder``, ready to sample from."""
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+def is_features(base: str | Path) -> bool:
+    """Whether ``base`` names a file of cached features rather than a checkpoint."""
+    return str(base).endswith(".safetensors")
+
+
+def load_features(path: str | Path) -> tuple[Tensor, list[str]]:
+    """What ``save_features`` wrote: features (responses, hidden) and the id of each row.
+
+    Raises ``ValueError`` for a file that it did not write, or whose features are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            features, ids = file.get_tensor("features"), json.loads(file.metadata()["ids"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of cached features ({error})") from None
+    if features.ndim != 2 or not isinstance(ids, list) or len(set(ids)) != len(features) or len(ids) != len(features):
+        raise ValueError(f"{path}: features of shape {tuple(features.shape)} do not fit {len(ids)} ids, each once")
+    if wrong := [name for name, row in zip(ids, features, strict=True) if not torch.isfinite(row).all()]:
+        raise ValueError(f"{path}: features that are not finite: {len(wrong)} rows, the first is {wrong[0]!r}")
+    return features, ids
+
+
+def load_language_model(name: str | Path, revision: str | None = None) -> nn.Module:
+    """The causal LM in a folder, package or on the hub, in fp32 and ready to sample from.
+
+    Raises ``ValueError`` naming it for weights that are broken, not finite, or missing.
+    """
+    model, missing = _from_checkpoint(AutoModelForCausalLM, name, revision=revision)
+    if missing:
+        raise ValueError(f"{name}: no causal language model, weights are missing: {', '.join(missing)}")
+    return model.eval()

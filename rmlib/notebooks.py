@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-import papermill
 from PIL import Image
 
 from rmlib import params
-from rmlib.runs import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent  # not from runs: a check must not wait for PyTorch
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -62,6 +61,8 @@ def _small_png(encoded: str) -> str:
 
 def refresh(notebook: Path) -> None:
     """Run ``notebook`` with its own parameters and keep its clean outputs in place."""
+    import papermill
+
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / notebook.name
         papermill.execute_notebook(notebook, executed, kernel_name="python3", progress_bar=False)

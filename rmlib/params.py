@@ -6,38 +6,54 @@ before a kernel starts.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Name = Annotated[str, Field(min_length=1)]
 Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
 
 
 class Parameters(BaseModel):
     """What all chapters share; an unknown key is an error, and a number in quotes is no number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    preset: Preset
     seeds: Seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given twice")
+        return seeds
 
 
 class WorldAndData(Parameters):
     """Chapter 00."""
 
-    source: Literal["world", "convarg"]
+    source: Literal["world", "convarg", "pandalm", "hh", "table"]
     data_path: str
+    revision: Name
+    on_bad_row: Literal["error", "drop"]
+    prompt_column: Name | None
+    validation_share: Share
     n_ood_debates: Count
-    encoder: str
+    base_model: str
+    base_revision: Name
+    encoder: Name
     encoder_max_length: Count
     world_seed: CountOrZero
     n_sft_prompts: Count
@@ -58,8 +74,29 @@ class WorldAndData(Parameters):
     max_length: Count
     sft_lr: Positive
     sft_batch_size: Count
-    sft_epochs: Count
+    sft_epochs: CountOrZero
     n_samples: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.source != "world" and not self.data_path:
+            raise ValueError(f"source = {self.source!r} needs data_path, where its files lie")
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of heads = {self.heads}")
+        return self
+
+
+class AnnotatedSets(BaseModel):
+    """Chapter 01b."""
+
+    model_config = Parameters.model_config
+
+    preset: Preset
+    data_path: str
+    revision: Name
+    on_bad_row: Literal["error", "drop"]
+    n_bands: Annotated[int, Field(ge=2)]
+    n_judged_bands: Annotated[int, Field(ge=2)]
 
 
 class PreferenceStrength(Parameters):
@@ -90,9 +127,10 @@ class PreferenceStrength(Parameters):
     workers: CountOrZero
 
 
-CHAPTERS: dict[str, type[Parameters]] = {
+CHAPTERS: dict[str, type[BaseModel]] = {
     "00_world_and_data": WorldAndData,
     "01_preference_strength": PreferenceStrength,
+    "01b_annotated_sets": AnnotatedSets,
 }
 
 
@@ -100,7 +138,7 @@ class ParameterError(ValueError):
     """One or more parameters are unknown, missing, or not of the right type or range."""
 
 
-def check(stem: str, values: Mapping[str, object], source: str = "the parameters cell") -> Parameters:
+def check(stem: str, values: Mapping[str, object], source: str = "the parameters cell") -> BaseModel:
     """The checked parameters of chapter ``stem`` from a notebook's globals or a file's content.
 
     Modules, functions, classes and names that IPython defines are passed over. Raises
@@ -115,12 +153,28 @@ def check(stem: str, values: Mapping[str, object], source: str = "the parameters
         raise ParameterError(f"{source}: " + "; ".join(lines)) from None
 
 
-def read_yaml(stem: str, path: Path, defaults: Mapping[str, object]) -> Parameters:
+def read_yaml(stem: str, path: Path, defaults: Mapping[str, object]) -> BaseModel:
     """The checked parameters of a chapter: ``defaults`` overridden by a YAML file."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParameterError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(given, dict):
         raise ParameterError(f"{path}: expected 'key: value' lines, got {type(given).__name__}")
+    if strange := [key for key in given if not isinstance(key, str) or not _is_parameter(key, None)]:
+        raise ParameterError(f"{path}: unknown parameter {strange[0]!r}")
     return check(stem, {**defaults, **given}, source=str(path))
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error rather than overwritten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of ``node``."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for n, key in enumerate(keys) if key in keys[:n]]:
+            raise yaml.YAMLError(f"{repeated[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _is_parameter(name: str, value: object) -> bool:
@@ -135,4 +189,10 @@ def _explain(problem: Mapping, known: list[str]) -> str:
         return f"unknown parameter {key!r}; the nearest is {near[0]!r}"
     if problem["type"] == "missing":
         return f"parameter {key!r} is missing"
-    return f"{key} = {problem['input']!r}: {problem['msg']}"
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if _is_number(problem["input"]) else ""
+    return f"{key} = {problem['input']!r}: {problem['msg']}{hint}" if key else problem["msg"]
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a number written as text."""
+    return isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?", value) is not None

@@ -5,6 +5,9 @@
 """
 
 import math
+import pickle
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +18,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,17 +72,17 @@ def fit(
     loss_fn: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     optimisation: Optimisation,
     *,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    record: dict[str, list] | None = None,
+    after_step: Callable[[dict], None] = lambda row: None,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 500,
-    history: list[float] | None = None,
+    checkpoint_seconds: float = 120.0,
     progress: str | None = None,
 ) -> nn.Module:
     """Train ``model`` on ``batches`` (row indices, one array a step) and return it.
 
-    ``after_step(step, loss)`` runs after each step, counted from 1. With ``checkpoint`` the state is saved
-    every ``checkpoint_every`` steps and found again by a rerun, which then equals an uninterrupted run.
-    The losses of all steps, those before an interruption included, are appended to ``history``.
+    ``record["log"]`` gains a row ``{"step", "loss"}`` a step, counted from 1; ``after_step`` may add to that row
+    and to the other lists of ``record``. With ``checkpoint`` model, optimiser, random state and record are
+    saved every ``checkpoint_seconds`` and found again by a rerun, which then equals an uninterrupted run.
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
@@ -93,43 +95,51 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, steps, warmup))
     optimiser, scheduler = machine.prepare(optimiser, scheduler)
     state = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
-    history = [] if history is None else history
-    history += _resume(checkpoint, state)
+    record = {"log": []} if record is None else record
+    _resume(checkpoint, state, record)
+    saved = time.monotonic()
     model.train()
-    for step in tqdm(range(len(history), steps), desc=progress, disable=progress is None, mininterval=5):
+    for step in tqdm(range(len(record["log"]), steps), desc=progress, disable=progress is None, mininterval=5):
         batch = {name: tensor.to(machine.device) for name, tensor in collate(batches[step]).items()}
         with machine.autocast():
             loss = loss_fn(model, batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step + 1}, batch rows {batches[step].tolist()}")
+        row = {"step": step + 1, "loss": loss.item()}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"loss is {row['loss']} at step {step + 1}, batch rows {batches[step].tolist()}")
         optimiser.zero_grad()
         machine.backward(loss)
         machine.clip_grad_norm_(trainable, optimisation.max_grad_norm)
         optimiser.step()
         scheduler.step()
-        history.append(loss.item())
-        after_step(step + 1, history[-1])
-        if checkpoint and (step + 1) % checkpoint_every == 0:
-            _save_state(checkpoint, state, history)
+        record["log"].append(row)
+        after_step(row)
+        if checkpoint and time.monotonic() - saved >= checkpoint_seconds:
+            _save_state(checkpoint, state, record)
+            saved = time.monotonic()
     return model.eval()
 
 
-def _save_state(path: Path, state: dict, history: list[float]) -> None:
+def _save_state(path: Path, state: dict, record: dict[str, list]) -> None:
     with runs.atomic(path) as temporary:
         saved = {name: part.state_dict() for name, part in state.items()}
         rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        torch.save(saved | rng | {"history": history}, temporary)
+        torch.save(saved | rng | {"record": record}, temporary)
 
 
-def _resume(path: Path | None, state: dict) -> list[float]:
+def _resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
+    """Bring ``state`` and ``record`` to where the checkpoint left them; one that cannot be read is told and passed."""
     if path is None or not path.exists():
-        return []
-    saved = torch.load(path, weights_only=True)
+        return
+    try:
+        saved = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        print(f"{path}: not readable ({error}); training starts anew", file=sys.stderr, flush=True)
+        return
     for name, part in state.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"])
     torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    return saved["history"]
+    record |= saved["record"]
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
@@ -148,14 +158,14 @@ def train_sft(
     rng, rows = np.random.default_rng(seed), np.arange(len(demonstrations.prompt))
     lengths = demonstrations.lengths
     batches = [b for _ in range(epochs) for b in data.length_batches(lengths, rows, optimisation.batch_size, rng)]
-    history: list[float] = []
+    record: dict[str, list] = {"log": []}
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return losses.lm_loss(logits[:, :-1], batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:])
 
-    model = fit(model, batches, demonstrations.collate, loss_fn, optimisation, history=history, **kwargs)
-    return model, pd.DataFrame({"step": np.arange(1, len(history) + 1), "loss": history})
+    model = fit(model, batches, demonstrations.collate, loss_fn, optimisation, record=record, **kwargs)
+    return model, pd.DataFrame(record["log"])
 
 
 # ---------------------------------------------------------------- reward models
@@ -165,16 +175,17 @@ def train_sft(
 class RewardRun:
     """One reward model: the pairs it sees, their order, and how it is trained.
 
-    ``rows`` are rows of the preference set in ``preferences`` (Parquet); those also in ``flipped`` are
-    trained with their labels swapped. ``data_seed`` orders the pairs, ``head_seed`` draws the head. Training
+    ``base`` is a checkpoint folder, a hub name, or a file of cached features (``*.safetensors``). ``rows`` are
+    rows of the preference set in ``preferences`` (Parquet); those also in ``flipped`` are trained with their
+    labels swapped. ``data_seed`` orders the pairs, ``head_seed`` draws the head. Training
     lasts ``epochs``, or ``steps`` if given (more passes are made as needed). The pairs of ``score_rows`` are
     scored at the end, and at ``snapshots`` equal intervals before; a log is kept on ``eval_rows`` at
     ``evaluations`` equal intervals. ``dropout_passes`` > 0 adds that many scorings with dropout on.
     """
 
     name: str
-    preferences: str
-    base: str
+    preferences: Path
+    base: Path | str
     optimisation: Optimisation
     rows: np.ndarray
     score_rows: np.ndarray
@@ -192,32 +203,33 @@ class RewardRun:
     dropout_passes: int = 0
     keep_model: bool = False
 
-    def inputs(self) -> list[Path | str]:
-        """Files whose content decides the result; a hub model stands there by its name."""
-        if self.base.endswith(".safetensors"):
-            return [Path(path) for path in (self.preferences, self.base, Path(self.base).with_suffix(".txt"))]
-        source = models.source_folder(self.base)
-        return [Path(self.preferences), Path(source) if Path(source).is_dir() else source]
-
 
 REWARD_RUN_CODE = ("losses", "models", "data", "training")
 
 
-@lru_cache(maxsize=4)
-def open_preferences(path: str) -> Dataset:
+def open_preferences(path: Path) -> Dataset:
     """The preference set in a Parquet file."""
+    return _open_preferences(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _open_preferences(path: Path, mtime_ns: int) -> Dataset:
     return Dataset.from_pandas(pd.read_parquet(path), preserve_index=False)
 
 
-@lru_cache(maxsize=4)
-def tokenized(preferences: str, base: str, max_length: int):
+def tokenized(preferences: Path, base: Path | str, max_length: int):
     """The pairs of a preference set as batches of the kind that ``base`` reads."""
+    changed = [Path(path).stat().st_mtime_ns for path in (preferences, base) if Path(path).exists()]
+    return _tokenized(preferences, base, max_length, tuple(changed))
+
+
+@lru_cache(maxsize=4)
+def _tokenized(preferences: Path, base: Path | str, max_length: int, mtimes_ns: tuple[int, ...]):
     rows = open_preferences(preferences)
-    if base.endswith(".safetensors"):
-        ids = Path(base).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-        return data.feature_pairs(rows, load_file(base)["features"], ids)
+    if models.is_features(base):
+        return data.feature_pairs(rows, *models.load_features(base))
     tokenizer = models.load_tokenizer(base)
-    build = data.encoder_pairs if tokenizer.eos_token_id is None else data.causal_pairs
+    build = data.encoder_pairs if data.is_encoder(tokenizer) else data.causal_pairs
     return build(rows, tokenizer, max_length)
 
 
@@ -231,7 +243,7 @@ def run_batches(run: RewardRun, lengths: np.ndarray) -> list[np.ndarray]:
     return batches[:steps]
 
 
-def train_reward_model(run: RewardRun, folder: Path) -> None:
+def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = None) -> None:
     """Train one reward model; write ``scores.parquet`` and ``log.parquet`` (and the model) to ``folder``.
 
     Scores: ``pair_id, snapshot, reward_chosen, reward_rejected``, chosen and rejected as labelled; the last
@@ -252,35 +264,81 @@ def train_reward_model(run: RewardRun, folder: Path) -> None:
     seen_rows = np.random.default_rng(0).permutation(run.rows)[
         : len(run.rows if run.eval_rows is None else run.eval_rows)
     ]
-    scores: list[pd.DataFrame] = []
-    log: list[dict] = []
+    record: dict[str, list] = {"log": [], "scores": []}
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return losses.pairwise_loss(*models.pair_rewards(model, batch), label_smoothing=run.label_smoothing)
 
-    def score(snapshot: int) -> None:
-        rewards = score_pairs(model, pairs, run.score_rows)
-        scores.append(pd.DataFrame({"pair_id": pair_id[run.score_rows], "snapshot": snapshot} | rewards))
+    def score(snapshot: int, dropout: bool = False) -> None:
+        rewards = score_pairs(model, pairs, run.score_rows, dropout=dropout)
+        record["scores"].append({"snapshot": snapshot} | {side: torch.from_numpy(r) for side, r in rewards.items()})
 
-    def after_step(step: int, loss: float) -> None:
-        row = {"step": step, "loss": loss}
-        if step in evaluated_at:
+    def after_step(row: dict) -> None:
+        if row["step"] in evaluated_at:
             row |= _evaluate(model, pairs, run.eval_rows, flipped & False, "eval_")
             row |= _evaluate(model, pairs, seen_rows, flipped, "train_")
-        log.append(row)
-        if step in scored_at:
-            score(scored_at[step])
+        if row["step"] in scored_at:
+            score(scored_at[row["step"]])
 
-    fit(model, batches, lambda rows: pairs.collate(rows, flipped), loss_fn, run.optimisation, after_step=after_step)
+    def collate(rows: np.ndarray) -> dict[str, Tensor]:
+        return pairs.collate(rows, flipped)
+
+    keep = {"record": record, "after_step": after_step, "checkpoint": checkpoint}
+    fit(model, batches, collate, loss_fn, run.optimisation, **keep)
     torch.manual_seed(run.data_seed)
     for k in range(run.dropout_passes):
-        model.train()
-        rewards = score_pairs(model, pairs, run.score_rows, dropout=True)
-        scores.append(pd.DataFrame({"pair_id": pair_id[run.score_rows], "snapshot": 1000 + k} | rewards))
+        score(1000 + k, dropout=True)
+    sides = ("reward_chosen", "reward_rejected")
+    scores = [
+        pd.DataFrame({"pair_id": pair_id[run.score_rows], "snapshot": taken["snapshot"]}).assign(
+            **{side: taken[side].numpy() for side in sides}
+        )
+        for taken in record["scores"]
+    ]
     runs.write_table(pd.concat(scores), folder / "scores.parquet")
-    runs.write_table(pd.DataFrame(log), folder / "log.parquet")
+    runs.write_table(pd.DataFrame(record["log"]), folder / "log.parquet")
     if run.keep_model:
         models.save_reward_model(model, folder / "model")
+
+
+def forecast(todo: Sequence[RewardRun], workers: int) -> str:
+    """What these reward models will cost: models, steps, tokens, and minutes by a timing of a few steps of the first.
+
+    Scoring a token is counted as a third of training on it; ``workers`` are taken not to disturb one another.
+    """
+    steps = trained = scored = 0
+    for run in todo:
+        lengths = tokenized(run.preferences, run.base, run.max_length).lengths
+        batches = run_batches(run, lengths)
+        steps += len(batches)
+        trained += sum(int(lengths[rows].sum()) for rows in batches)
+        scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
+        scored += 2 * run.evaluations * int(0 if run.eval_rows is None else lengths[run.eval_rows].sum())
+    minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
+    about = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+    kind = "pairs" if models.is_features(todo[0].base) else "tokens"
+    return (
+        f"{len(todo)} reward models, {steps:,} steps, {trained:,} {kind} to train on and {scored:,} to score: "
+        f"about {about} ({workers} side by side)"
+    )
+
+
+def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
+    """Seconds for a token of training, from ``n_steps`` steps after two to warm up, on one thread of a CPU."""
+    pairs, threads, times = tokenized(run.preferences, run.base, run.max_length), torch.get_num_threads(), []
+    batches = (run_batches(run, pairs.lengths) * (n_steps + 2))[: n_steps + 2]
+    model, nobody = models.reward_model(run.base, head_seed=0, dropout=run.dropout), np.zeros(len(pairs.chosen), bool)
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return losses.pairwise_loss(*models.pair_rewards(model, batch))
+
+    torch.set_num_threads(1)
+    try:
+        note = {"after_step": lambda row: times.append(time.perf_counter())}
+        fit(model, batches, lambda rows: pairs.collate(rows, nobody), loss_fn, run.optimisation, **note)
+    finally:
+        torch.set_num_threads(threads)
+    return (times[-1] - times[1]) / sum(int(pairs.lengths[rows].sum()) for rows in batches[2:])
 
 
 @torch.no_grad()

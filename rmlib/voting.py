@@ -103,6 +103,42 @@ def strength(margins: np.ndarray, pair_ids: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({"pair_id": list(pair_ids), "mean": np.nanmean(margins, 0), "std": np.nanstd(margins, 0)})
 
 
+def read_strength(path: Path, pair_ids: Sequence[str]) -> pd.DataFrame:
+    """The strength table in a Parquet or CSV file, in the order of ``pair_ids``.
+
+    Raises ``ValueError`` naming the file and the column, row or pair that is wrong: it must hold ``pair_id, mean,
+    std``, each pair once, finite means, spreads of at least zero, and every pair asked for.
+    """
+    try:
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        as_text = {"converters": {"pair_id": str}}  # an id of digits, or one that reads NA, stays as it is
+        table = pd.read_csv(path, **as_text) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a table ({error})") from None
+    if lacking := {"pair_id", "mean", "std"} - set(table.columns):
+        raise ValueError(
+            f"{path}: no column {', '.join(sorted(lacking))}; there are {', '.join(map(str, table.columns))}"
+        )
+    if table["pair_id"].isna().any():
+        raise ValueError(f"{path}: row {int(np.argmax(table['pair_id'].isna())) + 1} has no pair_id")
+    table["pair_id"] = table["pair_id"].astype(str)
+    twice = table["pair_id"][table["pair_id"].duplicated()]
+    unknown = sorted(set(pair_ids) - set(table["pair_id"]))
+    for column in ("mean", "std"):
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            raise ValueError(f"{path}: column {column} holds no numbers")
+    wrong = table["pair_id"][~np.isfinite(table["mean"]) | ~np.isfinite(table["std"]) | (table["std"] < 0)]
+    for problem, pairs in (
+        ("twice", list(twice)),
+        ("missing", unknown),
+        ("with no finite mean and spread", list(wrong)),
+    ):
+        if pairs:
+            raise ValueError(f"{path}: {len(pairs)} pairs {problem}, the first is {pairs[0]!r}")
+    return table.set_index("pair_id").loc[list(pair_ids), ["mean", "std"]].reset_index()
+
+
 def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Mean margins of ``n_draws`` random committees of ``size`` members."""
     picks = (rng.choice(len(margins), size, replace=False) for _ in range(n_draws))

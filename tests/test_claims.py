@@ -174,6 +174,36 @@ def test_no_number_of_seeds_is_named_for_draws():
     assert np.isnan(draws(-0.1, 0.5).seeds_needed(0.2, 0.95))
 
 
+# ---------------------------------------------------------------- effects that nobody knows
+
+NAN = float("nan")
+UNKNOWN = {
+    "all effects": Evidence(np.full(3, NAN), n=100),
+    "one effect": Evidence(np.array([0.5, 0.5, NAN]), n=100),
+    "an endless effect": Evidence(np.array([0.5, 0.5, np.inf]), n=100),
+    "all draws": Evidence(np.array([0.5]), n=100, draws=np.full(1000, NAN)),
+    "one draw": Evidence(np.array([0.5]), n=100, draws=np.append(np.full(999, 0.5), NAN)),
+    "the effect of known draws": Evidence(np.array([NAN]), n=100, draws=np.full(1000, 0.5)),
+}
+
+
+@pytest.mark.parametrize("rule", [DIRECTED, EQUIVALENT], ids=["directed", "equivalent"])
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_an_unknown_effect_gives_no_evidence_and_leaves_its_claim_open(rule, what):
+    assert UNKNOWN[what].p_value(rule) == 1.0
+    assert verdict(rule, UNKNOWN[what]) == "open"
+
+
+@pytest.mark.parametrize("what", ["all effects", "all draws"])
+def test_an_unknown_effect_does_not_ease_the_level_of_the_others(toy_chapter, what):
+    close = evidence(DIRECTED, 2.0, spread=1.4)
+    assert 0.025 < close.p_value(DIRECTED) < 0.05
+    table = verdicts(toy_chapter, {"d": close, "e": UNKNOWN[what]}).set_index("claim")
+    assert table.loc["d", ["level", "verdict"]].tolist() == [pytest.approx(0.975), "open"]
+    assert table.loc["e", "verdict"] == "open"
+    assert np.isnan(table.loc["e", ["low", "high", "seeds_to_decide"]].astype(float)).all()
+
+
 # ---------------------------------------------------------------- how many seeds would decide
 
 

@@ -1,4 +1,4 @@
-"""Every measure by value, ties and missing classes included."""
+"""Every measure by value, ties, unknown truths and missing classes included."""
 
 import numpy as np
 import pytest
@@ -55,6 +55,54 @@ def test_label_error_without_decided_truth_is_nan():
 
 def test_label_confirmed_is_nan_for_ties():
     np.testing.assert_array_equal(evaluation.label_confirmed(np.array([0.2, -3.0, 0.0])), [1.0, 0.0, NAN])
+
+
+# ---------------------------------------------------------------- unknown truth
+
+KNOWN = np.array([1.0, -1.0, 2.0, -0.5, 0.0])
+STRENGTH = np.array([2.0, -2.0, -1.0, 1.0, 0.5])
+MEASURES = {
+    "gold_accuracy": evaluation.gold_accuracy,
+    "label_error": lambda strength, truth: evaluation.label_error(truth),
+    "wrong_label_auroc": evaluation.wrong_label_auroc,
+    "wrong_label_precision_recall": lambda strength, truth: evaluation.wrong_label_precision_recall(
+        strength < 0, truth
+    ),
+}
+
+
+def test_neither_a_tie_nor_an_unknown_truth_decides():
+    truth = np.array([0.5, -0.5, 0.0, -0.0, NAN, 1e-9])
+    assert evaluation.decided(truth).tolist() == [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_pairs_of_unknown_truth_count_in_no_share(name):
+    measure = MEASURES[name]
+    for strength in (-9.0, 9.0):
+        mixed = np.append(STRENGTH, [strength, strength]), np.append(KNOWN, [NAN, NAN])
+        assert measure(*mixed) == measure(STRENGTH, KNOWN)
+    taken_for_right = np.append(STRENGTH, [-9.0, -9.0]), np.append(KNOWN, [1.0, 1.0])
+    assert measure(*taken_for_right) != measure(STRENGTH, KNOWN)
+
+
+def test_where_no_truth_is_known_every_share_is_unknown():
+    nobody = np.full(5, NAN)
+    assert np.isnan(evaluation.gold_accuracy(STRENGTH, nobody))
+    assert np.isnan(evaluation.label_error(nobody))
+    assert np.isnan(evaluation.wrong_label_auroc(STRENGTH, nobody))
+    assert np.isnan(evaluation.label_confirmed(nobody)).all()
+    assert np.isnan(evaluation.confirmed_by_band(STRENGTH, nobody, 2)).all()
+
+
+def test_an_unknown_truth_is_neither_confirmed_nor_contradicted():
+    np.testing.assert_array_equal(evaluation.label_confirmed(np.array([0.2, NAN, -3.0, 0.0])), [1.0, NAN, 0.0, NAN])
+
+
+def test_pairs_of_unknown_truth_keep_their_band_and_leave_its_share():
+    strength, truth = np.arange(6.0), np.array([-1.0, NAN, 1.0, NAN, NAN, 1.0])
+    np.testing.assert_array_equal(evaluation.confirmed_by_band(strength, truth, 3), [0.0, 1.0, 1.0])
+    np.testing.assert_array_equal(evaluation.confirmed_by_band(strength, truth, 2), [0.5, 1.0])
 
 
 # ---------------------------------------------------------------- detection of wrong labels

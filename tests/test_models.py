@@ -23,13 +23,13 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, str]:
+def bases(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of every kind of causal model."""
     return {kind: tiny.save_causal(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> str:
+def encoder(tmp_path_factory) -> Path:
     return tiny.save_encoder(tmp_path_factory.mktemp("bert"))
 
 
@@ -69,7 +69,7 @@ def own_scores(model: torch.nn.Module, pairs: data.CausalPairs) -> Tensor:
     return torch.tensor([[logit(p, r) for p, r in zip(pairs.prompt, side, strict=True)] for side in sides])
 
 
-def encoder_batch(folder: str, rows: list[dict] = PAIRS, which=None) -> dict[str, Tensor]:
+def encoder_batch(folder: Path, rows: list[dict] = PAIRS, which=None) -> dict[str, Tensor]:
     return collate(data.encoder_pairs(Dataset.from_list(rows), models.load_tokenizer(folder), 64), which)
 
 
@@ -192,6 +192,17 @@ def test_the_head_seed_decides_a_frozen_model_too(tmp_path):
     assert not any(same_weights(first, other).values())
 
 
+def test_the_seed_of_a_small_llama_fixes_its_weights_whatever_was_drawn_before():
+    def small_llama(seed: int) -> torch.nn.Module:
+        return models.small_llama(tiny.tokenizer(), hidden_size=16, layers=1, heads=2, max_length=64, seed=seed)
+
+    first = small_llama(3)
+    torch.rand(100)
+    assert all(same_weights(first, small_llama(3)).values())
+    same = same_weights(first, small_llama(4))
+    assert {name for name, equal in same.items() if equal} == {name for name in same if "norm" in name}
+
+
 # ---------------------------------------------------------------- dropout
 
 
@@ -287,8 +298,16 @@ def make_package(folder: Path, name: str, inside: str | None) -> None:
         (folder / name / inside / "deeper" / "config.json").write_text("{}")
 
 
-def test_source_folder_takes_a_folder_as_it_is(tmp_path):
-    assert models.source_folder(str(tmp_path)) == str(tmp_path)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_source_folder_takes_a_folder_as_it_is(tmp_path, kind):
+    (tmp_path / "config.json").write_text("{}")
+    assert models.source_folder(kind(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "absent"])
+def test_source_folder_refuses_a_path_without_a_model(tmp_path, place):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint here, config\.json is missing"):
+        models.source_folder(tmp_path / place)
 
 
 def test_source_folder_finds_the_topmost_config_of_a_package(tmp_path, monkeypatch):
@@ -334,6 +353,15 @@ def test_features_have_unit_mean_square_and_do_not_depend_on_the_batch(name, enc
     assert distance(together, alone) < 1e-5
     assert distance(together, in_pieces) < 1e-5
     assert distance(together[0], together[1]) > 1e-2
+
+
+def test_saved_features_come_back_with_their_ids_in_one_file(tmp_path):
+    features, ids = torch.randn(3, 8), ["a", 'b "quoted"', "ü\n"]
+    models.save_features(features, ids, tmp_path / "features.safetensors")
+    loaded = models.load_features(tmp_path / "features.safetensors")
+    assert torch.equal(loaded[0], features)
+    assert loaded[1] == ids
+    assert tiny.names(tmp_path) == ["features.safetensors"]
 
 
 # ---------------------------------------------------------------- sampling

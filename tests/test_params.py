@@ -10,6 +10,7 @@ from rmlib.notebooks import parameters_cell
 from rmlib.runs import ROOT
 
 STEMS = list(params.CHAPTERS)
+OURS = {"default", "full", "convarg", "hh", "paper", "released", "smoke", "smoke_convarg", "smoke_hh"}
 FILES = sorted((ROOT / "params").glob("*/*.yaml"))
 
 
@@ -33,7 +34,9 @@ def test_default_file_equals_the_parameters_cell(stem):
     assert written == cell(stem)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name in OURS], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_field_says_why(path):
     bare = [
         line for line in path.read_text().splitlines() if ":" in line and not line.startswith("#") and "#" not in line

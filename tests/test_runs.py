@@ -1,17 +1,19 @@
-"""Keys change with what decides a result, files are complete or absent, and evidence is that of one whole run."""
+"""Keys change with what decides a result, files are complete or absent, and units are made once and whole."""
 
+import errno
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from tiny import names, write_folder
 
 from rmlib import runs, training
 
@@ -138,17 +140,6 @@ def test_the_key_depends_on_the_modules_named():
 # ---------------------------------------------------------------- files
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def write_folder(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True)
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return folder
-
-
 def test_atomic_puts_a_file_in_its_place_and_makes_the_folders_above(tmp_path):
     with runs.atomic(tmp_path / "a" / "b.txt") as temporary:
         temporary.write_text("new")
@@ -197,7 +188,7 @@ def test_tables_are_written_without_their_index(tmp_path, suffix):
 def test_a_folder_is_made_once(tmp_path):
     made = []
 
-    def make(folder: Path) -> None:
+    def make(folder: Path, checkpoint: Path) -> None:
         made.append(folder)
         (folder / "x").write_text("1")
 
@@ -208,33 +199,161 @@ def test_a_folder_is_made_once(tmp_path):
 
 
 def test_a_folder_that_failed_is_absent_and_made_at_the_next_call(tmp_path):
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, checkpoint: Path) -> None:
         (folder / "half").write_text("1")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         runs.made(tmp_path / "a", fail)
     assert names(tmp_path) == []
-    runs.made(tmp_path / "a", lambda folder: None)
+    runs.made(tmp_path / "a", lambda folder, checkpoint: None)
     assert names(tmp_path) == ["a"]
 
 
 def test_the_remains_of_a_killed_run_do_not_stop_the_next(tmp_path):
     write_folder(tmp_path / f".a.{os.getpid()}.tmp", half="1")
-    runs.made(tmp_path / "a", lambda folder: (folder / "whole").write_text("1"))
+    runs.made(tmp_path / "a", lambda folder, checkpoint: (folder / "whole").write_text("1"))
     assert names(tmp_path) == ["a"]
-    assert names(tmp_path / "a") == ["whole"]
+    assert names(tmp_path / "a") == ["unit.json", "whole"]
+
+
+def test_a_checkpoint_outlives_a_failure_and_goes_when_the_folder_is_complete(tmp_path):
+    def make(folder: Path, checkpoint: Path) -> None:
+        if not checkpoint.exists():
+            checkpoint.write_text("half")
+            raise ZeroDivisionError
+        (folder / "x").write_text(f"{checkpoint.read_text()} and half")
+
+    with pytest.raises(ZeroDivisionError):
+        runs.made(tmp_path / "a", make)
+    assert names(tmp_path) == [".a.pt"]
+    runs.made(tmp_path / "a", make)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "half and half"
+
+
+def test_the_seal_says_what_a_folder_holds_and_what_it_cost(tmp_path):
+    folder = runs.made(tmp_path / "a", lambda folder, _: write_folder(folder / "deep", x="1", y="2"))
+    seal = json.loads((folder / "unit.json").read_text())
+    assert seal["files"] == {f"deep/{name}": runs.fingerprint(folder / "deep" / name) for name in "xy"}
+    assert 0 <= seal["seconds"] < 60
+    assert seal["peak_memory_mb"] > 10
+
+
+# ---------------------------------------------------------------- broken folders
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a file cut": ("x", lambda folder: cut(folder / "deep" / "x", 900)),
+    "a file emptied": ("x", lambda folder: cut(folder / "deep" / "x", 0)),
+    "a file gone": ("x", lambda folder: (folder / "deep" / "x").unlink()),
+    "a folder gone": ("x", lambda folder: shutil.rmtree(folder / "deep")),
+    "a byte more": ("x", lambda folder: (folder / "deep" / "x").write_text("0123456789" * 100 + "!")),
+    "one bit turned": ("x", lambda folder: alter(folder / "deep" / "x")),
+    "the seal cut": ("unit.json", lambda folder: cut(folder / "unit.json", 20)),
+    "the seal gone": ("unit.json", lambda folder: (folder / "unit.json").unlink()),
+    "the seal of another shape": ("unit.json", lambda folder: (folder / "unit.json").write_text('{"files": []}')),
+    "the seal no mapping": ("unit.json", lambda folder: (folder / "unit.json").write_text("[1]")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_folder_is_named_and_made_again_with_the_same_content(tmp_path, capsys, damage):
+    name, harm = DAMAGE[damage]
+
+    def make(folder: Path, checkpoint: Path) -> None:
+        write_folder(folder / "deep", x="0123456789" * 100)
+
+    folder = runs.made(tmp_path / "a", make)
+    assert runs.is_whole(folder)
+    assert capsys.readouterr().err == ""
+    harm(folder)
+    assert not runs.is_whole(folder)
+    told = capsys.readouterr().err
+    assert "a is broken" in told and name in told
+    assert runs.made(folder, make) == folder
+    assert names(tmp_path) == ["a"]
+    assert (folder / "deep" / "x").read_text() == "0123456789" * 100
+    assert runs.is_whole(folder)
+
+
+def test_a_folder_that_is_not_there_is_not_whole_and_nothing_is_told(tmp_path, capsys):
+    assert not runs.is_whole(tmp_path / "a")
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_on_a_full_disk_is_named_and_the_old_one_stays(small_disk, suffix):
+    path = small_disk / f"t.{suffix}"
+    runs.write_table(pd.DataFrame({"a": [1]}), path)
+    before = path.read_bytes()
+    tiny.fill(small_disk)
+    with pytest.raises(OSError, match=rf"the disk is full: .*t\.{suffix} was not written") as error:
+        runs.write_table(pd.DataFrame({"a": [2]}), path)
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert names(small_disk) == ["ballast", path.name]
+
+
+def test_a_unit_on_a_full_disk_is_named_and_made_when_there_is_room(small_disk, units):
+    folder = small_disk / "units"
+    (kept,) = run(units[:1], folder)
+    ballast = tiny.fill(small_disk)
+    with pytest.raises(OSError, match=r"the disk is full: .*/unit-7-\w+ was not written"):
+        run(units[:2], folder)
+    assert names(folder) == [kept.name]
+    assert runs.is_whole(kept)
+    ballast.unlink()
+    assert len(run(units[:2], folder)) == 2
+    assert [tiny.starts(unit) for unit in units] == [1, 2, 0]
+
+
+def half_written(message: str, number: int | None):
+    """A writer that fails half-way, as pandas and PyTorch do on a full disk."""
+
+    def write(table, path: Path, **kwargs) -> None:
+        Path(path).write_text("half")
+        raise OSError(number, message) if number else RuntimeError(message)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("number", "room", "error"),
+    [
+        (errno.ENOSPC, 10**9, OSError),
+        (errno.EDQUOT, 10**9, OSError),
+        (None, 0, OSError),
+        (None, 10**9, RuntimeError),  # with room left it is another matter, and told as it is
+        (errno.EACCES, 10**9, PermissionError),
+    ],
+)
+def test_what_a_full_disk_raises_becomes_one_clear_error(tmp_path, monkeypatch, number, room, error):
+    path = tmp_path / "t.csv"
+    path.write_text("old")
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half_written("failed writing file", number))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - room, room))
+    message = f"the disk is full: {path}" if error is OSError else "failed writing file"
+    with pytest.raises(error, match=message):
+        runs.write_table(pd.DataFrame({"a": [1]}), path)
+    assert names(tmp_path) == ["t.csv"]
+    assert path.read_text() == "old"
 
 
 # ---------------------------------------------------------------- units
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """The server that forks the workers imports ``tiny`` once, instead of each worker anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        yield
 
 
 @pytest.fixture
@@ -280,16 +399,30 @@ def test_one_worker_and_two_write_identical_tables(units, tmp_path):
     assert pd.read_parquet(two[0] / "numbers.parquet")["threads"].tolist() == [1] * 5
 
 
+def test_a_worker_computes_on_one_thread_however_many_it_was_given():
+    context = multiprocessing.get_context("forkserver")
+    (ours, theirs), started = context.Pipe(), context.Value("i", 0)
+    worker = context.Process(target=tiny.count_threads, args=(started, theirs), daemon=True)
+    worker.start()
+    assert ours.poll(60)
+    assert ours.recv() == 1
+    worker.join()
+
+
 def test_reward_models_do_not_depend_on_the_number_of_workers(tmp_path):
     pairs = tiny.save_preferences(tmp_path / "pairs.parquet")
-    base = tiny.save_features(tmp_path / "features.safetensors")
-    members = [tiny.reward_run(pairs, base, name=f"m{seed}", data_seed=seed) for seed in range(3)]
-    settings = {"work": training.train_reward_model, "code": training.REWARD_RUN_CODE}
-    one, two = (runs.run_units(members, folder=tmp_path / str(n), workers=n, **settings) for n in (1, 2))
-    scores = [[pd.read_parquet(path / "scores.parquet") for path in paths] for paths in (one, two)]
-    for a, b in zip(*scores, strict=True):
-        pd.testing.assert_frame_equal(a, b, check_exact=True)
-    assert not scores[0][0].equals(scores[0][1])
+    bases = tiny.save_features(tmp_path / "features.safetensors"), tiny.save_llama(tmp_path / "llama")
+    settings = {"steps": 6, "snapshots": 2, "evaluations": 2, "eval_rows": np.arange(32, 48), "dropout": 0.2}
+    members = [
+        tiny.reward_run(pairs, base, name=f"m{seed}", data_seed=seed, dropout_passes=1, **settings)
+        for base in bases
+        for seed in range(2)
+    ]
+    work = {"work": training.train_reward_model, "code": training.REWARD_RUN_CODE}
+    one, two = (runs.run_units(members, folder=tmp_path / str(n), workers=n, **work) for n in (1, 2))
+    for table in ("scores.parquet", "log.parquet"):
+        assert [(path / table).read_bytes() for path in one] == [(path / table).read_bytes() for path in two]
+        assert len({(path / table).read_bytes() for path in one}) == 4
 
 
 def test_a_failing_unit_raises_and_leaves_no_folder(units, folder):
@@ -298,6 +431,33 @@ def test_a_failing_unit_raises_and_leaves_no_folder(units, folder):
     assert [name.rsplit("-", 1)[0] for name in names(folder)] == ["unit-5", "unit-9"]
     run(units, folder)
     assert [tiny.starts(unit) for unit in units] == [1, 2, 1]
+
+
+def test_the_first_failure_stops_what_is_queued(tmp_path, folder):
+    queue = [tiny.Unit(f"unit-{n}", 7 if n == 1 else 5, str(tmp_path / f"{n}.log")) for n in range(10)]
+    with pytest.raises(ValueError, match="seven cannot be done"):
+        run(queue, folder, tiny.linger_but_fail_on_seven)
+    assert [tiny.starts(unit) for unit in queue[:2]] == [1, 1]
+    assert sum(tiny.starts(unit) for unit in queue) < 6  # a worker may hold a unit or two already
+    assert len(names(folder)) == sum(tiny.starts(unit) for unit in queue) - 1
+
+
+@pytest.mark.parametrize("damage", ["a file cut", "a file gone", "a byte more", "the seal cut"])
+def test_a_broken_unit_is_run_again_and_the_others_are_not(units, folder, capsys, damage):
+    broken, *whole = run(units[:2], folder)
+    before = (broken / "numbers.parquet").read_bytes()
+    {
+        "a file cut": lambda: cut(broken / "numbers.parquet", 100),
+        "a file gone": (broken / "numbers.parquet").unlink,
+        "a byte more": lambda: (broken / "numbers.parquet").write_bytes(before + b"!"),
+        "the seal cut": lambda: cut(broken / "unit.json", 20),
+    }[damage]()
+    times = [path.stat().st_mtime_ns for path in whole]
+    assert run(units[:2], folder) == [broken, *whole]
+    assert f"{broken.name} is broken" in capsys.readouterr().err
+    assert [tiny.starts(unit) for unit in units] == [2, 1, 0]
+    assert (broken / "numbers.parquet").read_bytes() == before
+    assert [path.stat().st_mtime_ns for path in whole] == times
 
 
 def test_the_remains_of_a_killed_worker_are_not_taken_for_a_result(units, folder):
@@ -317,150 +477,65 @@ def test_no_units_are_no_work(folder):
     assert not folder.exists()
 
 
-# ---------------------------------------------------------------- the record of a run
-
-STEM = "99_toy"
+# ---------------------------------------------------------------- what a forecast is told, and where inputs lie
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch) -> None:
-    """Results and figures of these tests lie in a temporary folder."""
-    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(runs, "FIGURES", tmp_path / "figures")
+def test_a_forecast_is_asked_for_what_is_to_run_and_told_before_it_does(units, folder, capsys):
+    run(units[:1], folder)
+    asked = []
+
+    def forecast(todo: list, workers: int) -> str:
+        asked.append(([unit.name for unit in todo], workers, names(folder)))
+        return "it will take a while"
+
+    settings = {"code": ["losses"], "workers": 8, "forecast": forecast}
+    (kept, *_) = runs.run_units(units, tiny.write_numbers, folder, **settings)
+    assert asked == [(["unit-7", "unit-9"], 2, [kept.name])]
+    assert "it will take a while" in capsys.readouterr().err
+    runs.run_units(units, tiny.write_numbers, folder, **settings)
+    assert len(asked) == 1
 
 
-def draw(run: runs.Run, name: str, grey: float = 0.5) -> None:
-    matplotlib.image.imsave(run.draft / f"{name}.png", np.full((2, 2, 3), grey))
+def save_inputs(folder: Path) -> dict[str, Path]:
+    """A preference set and a base of either kind."""
+    folder.mkdir()
+    return {
+        "pairs": tiny.save_preferences(folder / "pairs.parquet"),
+        "features": tiny.save_features(folder / "features.safetensors"),
+        "llama": tiny.save_llama(folder / "llama"),
+    }
 
 
-def run_chapter(*figures: str, value: float = 1.0, parameters: dict | None = None, **kwargs) -> runs.Run:
-    """A finished run of a chapter that draws ``figures`` from one table."""
-    run = runs.Run(STEM, "default", parameters or {"seeds": [0, 1]})
-    for name in figures:
-        draw(run, name)
-    run.table("effects", pd.DataFrame({"value": [value]}))
-    run.finish(figures, **kwargs)
-    return run
+@pytest.mark.parametrize("base", ["features", "llama"])
+def test_the_key_of_a_reward_run_follows_its_files_and_not_where_they_lie(tmp_path, base):
+    def key(place: str) -> str:
+        return runs.content_key(tiny.reward_run(tmp_path / place / "pairs.parquet", inputs[place][base]))
+
+    inputs = {"here": save_inputs(tmp_path / "here")}
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    inputs["there"] = {name: tmp_path / "there" / path.name for name, path in inputs["here"].items()}
+    assert key("here") == key("there")
+    weights = inputs["there"][base] / "model.safetensors" if base == "llama" else inputs["there"][base]
+    alter(weights)
+    altered = key("there")
+    shutil.copy(tmp_path / "here" / weights.relative_to(tmp_path / "there"), weights)
+    assert key("there") == key("here") != altered
+    alter(inputs["there"]["pairs"])
+    assert len({key("here"), key("there"), altered}) == 3
 
 
-def published() -> Path:
-    return runs.FIGURES / "default" / STEM
+def test_a_moved_checkout_keeps_its_units(tmp_path):
+    save_inputs(tmp_path / "here")
+    settings = {"work": training.train_reward_model, "code": training.REWARD_RUN_CODE, "workers": 1}
 
+    def made_from(place: str) -> Path:
+        unit = tiny.reward_run(tmp_path / place / "pairs.parquet", tmp_path / place / "features.safetensors", steps=2)
+        (path,) = runs.run_units([unit], folder=tmp_path / place / "units", **settings)
+        return path
 
-def test_a_finished_run_publishes_its_figures_tables_and_record():
-    run = run_chapter("a", "b")
-    assert names(published()) == ["a.png", "b.png", "effects.csv", "run.json"]
-    record = json.loads((published() / "run.json").read_text())
-    assert (record["id"], record["stem"], record["preset"]) == (run.id, STEM, "default")
-    assert record["parameters"] == {"seeds": [0, 1]}
-    assert record["files"] == ["effects.csv"]
-    assert record["peak_memory_mb"] > 10
-    assert (run.results / "run.json").read_text() == (published() / "run.json").read_text()
-
-
-@pytest.mark.parametrize(
-    ("announced", "message"),
-    [
-        (["a", "b", "c"], r"figures not drawn: \['c'\]; not announced: \[\]"),
-        (["a"], r"figures not drawn: \[\]; not announced: \['b'\]"),
-        (["a", "c"], r"figures not drawn: \['c'\]; not announced: \['b'\]"),
-    ],
-)
-def test_figures_missing_or_unannounced_stop_the_run_and_publish_nothing(announced, message):
-    run = runs.Run(STEM, "default", {})
-    draw(run, "a")
-    draw(run, "b")
-    with pytest.raises(RuntimeError, match=message):
-        run.finish(announced)
-    assert not published().exists()
-    assert not (run.results / "run.json").exists()
-
-
-def test_an_empty_figure_counts_as_not_drawn():
-    run = runs.Run(STEM, "default", {})
-    (run.draft / "a.png").touch()
-    with pytest.raises(RuntimeError, match=r"figures not drawn: \['a'\]"):
-        run.finish(["a"])
-
-
-def test_a_figure_of_an_unfinished_run_does_not_count_for_the_next():
-    draw(runs.Run(STEM, "default", {}), "a")
-    with pytest.raises(RuntimeError, match=r"figures not drawn: \['a'\]"):
-        runs.Run(STEM, "default", {}).finish(["a"])
-
-
-def test_a_stale_figure_of_an_older_run_is_gone():
-    run_chapter("a", "stale")
-    run_chapter("a", value=2.0)
-    assert names(published()) == ["a.png", "effects.csv", "run.json"]
-    assert (published() / "effects.csv").read_text() == "value\n2\n"
-    assert names(published().parent) == [STEM]
-
-
-def test_a_failed_rerun_leaves_the_published_evidence_as_it_was():
-    run_chapter("a")
-    rerun = runs.Run(STEM, "default", {})
-    with pytest.raises(RuntimeError):
-        rerun.finish(["a"])
-    assert names(published()) == ["a.png", "effects.csv", "run.json"]
-
-
-def test_a_rerun_with_the_same_evidence_leaves_the_published_folder_untouched():
-    first = run_chapter("a")
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in published().iterdir()}
-    second = run_chapter("a")
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in published().iterdir()} == before
-    assert first.id != second.id
-    assert json.loads((second.results / "run.json").read_text())["id"] == second.id
-
-
-@pytest.mark.parametrize("change", [{"value": 2.0}, {"parameters": {"seeds": [0, 2]}}])
-def test_a_rerun_with_other_numbers_or_parameters_is_published(change):
-    run_chapter("a")
-    second = run_chapter("a", **change)
-    assert json.loads((published() / "run.json").read_text())["id"] == second.id
-
-
-def test_a_figure_that_looks_otherwise_is_published():
-    run_chapter("a")
-    run = runs.Run(STEM, "default", {"seeds": [0, 1]})
-    draw(run, "a", grey=0.9)
-    run.table("effects", pd.DataFrame({"value": [1.0]}))
-    run.finish(["a"])
-    assert (published() / "a.png").read_bytes() == (run.draft / "a.png").read_bytes()
-
-
-def test_presets_do_not_touch_one_another():
-    run_chapter("a")
-    other = runs.Run(STEM, "smoke", {})
-    draw(other, "b")
-    other.finish(["b"])
-    assert names(published()) == ["a.png", "effects.csv", "run.json"]
-    assert names(runs.FIGURES / "smoke" / STEM) == ["b.png", "run.json"]
-
-
-# ---------------------------------------------------------------- what one chapter leaves to another
-
-
-def test_outputs_of_a_chapter_are_found_by_name():
-    results = runs.RESULTS / "default" / STEM
-    write_folder(results / "scores-1234", table="1")
-    run_chapter("a", outputs={"scores": results / "scores-1234" / "table"})
-    later = runs.Run("98_later", "default", {})
-    assert later.outputs_of(STEM) == {"scores": results / "scores-1234" / "table"}
-    assert later.outputs_of(STEM)["scores"].read_text() == "1"
-
-
-def test_a_chapter_that_has_not_run_in_this_preset_raises():
-    run_chapter("a")
-    with pytest.raises(FileNotFoundError, match="chapter 98_later has no finished run in preset 'default'"):
-        runs.Run(STEM, "default", {}).outputs_of("98_later")
-    with pytest.raises(FileNotFoundError, match="chapter 99_toy has no finished run in preset 'smoke'"):
-        runs.Run("98_later", "smoke", {}).outputs_of(STEM)
-
-
-def test_a_chapter_that_is_being_rerun_is_not_finished():
-    run_chapter("a")
-    runs.Run(STEM, "default", {"seeds": [0, 1]})
-    with pytest.raises(FileNotFoundError, match=STEM):
-        runs.Run("98_later", "default", {}).outputs_of(STEM)
+    made = made_from("here")
+    sealed = (made / "unit.json").read_bytes(), (made / "unit.json").stat().st_mtime_ns
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = made_from("there")
+    assert moved.name == made.name
+    assert ((moved / "unit.json").read_bytes(), (moved / "unit.json").stat().st_mtime_ns) == sealed

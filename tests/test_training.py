@@ -1,7 +1,11 @@
 """The loop learns, repeats, resumes and stops; a reward model's tables say what was trained and when."""
 
+import errno
 import functools
+import json
+import re
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pandas as pd
@@ -10,6 +14,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
@@ -98,22 +104,35 @@ def test_fit_learns_a_separable_toy_and_returns_it_in_evaluation_mode():
 def test_after_step_counts_from_one_and_sees_the_loss_before_the_step():
     seen = []
     first_loss = toy_loss(toy_model(), toy_batch(BATCHES[0])).item()
-    toy_fit(toy_model(), after_step=lambda step, loss: seen.append((step, loss)))
+    toy_fit(toy_model(), after_step=lambda row: seen.append((row["step"], row["loss"])))
     assert [step for step, _ in seen] == list(range(1, 21))
     assert seen[0][1] == pytest.approx(first_loss)
+
+
+def test_the_record_holds_a_row_a_step_and_what_after_step_adds_to_it():
+    record = {"log": [], "seen": []}
+
+    def after_step(row: dict) -> None:
+        row["half"] = row["step"] / 2
+        record["seen"].append(row["step"])
+
+    toy_fit(toy_model(), BATCHES[:3], record=record, after_step=after_step)
+    assert [sorted(row) for row in record["log"]] == [["half", "loss", "step"]] * 3
+    assert [row["half"] for row in record["log"]] == [0.5, 1.0, 1.5]
+    assert record["seen"] == [1, 2, 3]
 
 
 def test_the_first_step_moves_every_weight_by_the_rate_that_the_schedule_gives():
     """Adam's first step is the learning rate in size, here half of it: step 1 of a warm-up of 2."""
     start, moved, model = weights(toy_model()), [], toy_model()
-    toy_fit(model, after_step=lambda step, loss: moved.append((weights(model) - start).abs().max().item()))
+    toy_fit(model, after_step=lambda row: moved.append((weights(model) - start).abs().max().item()))
     assert moved[0] == pytest.approx(0.5e-2, rel=1e-3)
 
 
 def gradient_norms(max_grad_norm: float) -> list[float]:
     model, norms = toy_model(), []
 
-    def after_step(step: int, loss: float) -> None:
+    def after_step(row: dict) -> None:
         norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
 
     toy_fit(model, after_step=after_step, max_grad_norm=max_grad_norm)
@@ -151,39 +170,112 @@ class Interrupted(Exception):
 
 
 def interrupt_at(step: int):
-    def after_step(now: int, loss: float) -> None:
-        if now == step:
+    def after_step(row: dict) -> None:
+        if row["step"] == step:
             raise Interrupted
 
     return after_step
 
 
+def log_of(model: nn.Module, **kwargs) -> tuple[Tensor, list[dict]]:
+    """Weights after training, and the log."""
+    record = {"log": []}
+    return weights(toy_fit(model, record=record, **kwargs)), record["log"]
+
+
+@pytest.fixture
+def every_step(tmp_path) -> dict:
+    """A checkpoint at every step."""
+    return {"checkpoint": tmp_path / "state.pt", "checkpoint_seconds": 0}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_an_interrupted_run_resumed_equals_a_straight_run_bit_for_bit(tmp_path, dropout):
-    checkpoint = {"checkpoint": tmp_path / "state.pt", "checkpoint_every": 5}
-    straight = toy_fit(toy_model(dropout=dropout))
+def test_an_interrupted_run_resumed_equals_a_straight_run_bit_for_bit(every_step, dropout):
+    straight, log = log_of(toy_model(dropout=dropout))
     with pytest.raises(Interrupted):
-        toy_fit(toy_model(dropout=dropout), after_step=interrupt_at(13), **checkpoint)
+        toy_fit(toy_model(dropout=dropout), after_step=interrupt_at(13), **every_step)
     steps = []
-    resumed = toy_fit(toy_model(99, dropout), after_step=lambda step, loss: steps.append(step), **checkpoint)
-    assert steps == list(range(11, 21))
-    assert torch.equal(weights(resumed), weights(straight))
+    resumed = log_of(toy_model(99, dropout), after_step=lambda row: steps.append(row["step"]), **every_step)
+    assert steps == list(range(13, 21))
+    assert torch.equal(resumed[0], straight)
+    assert resumed[1] == log
 
 
-def test_resuming_without_the_state_of_the_generator_would_not_repeat_dropout(tmp_path, monkeypatch):
-    checkpoint = {"checkpoint": tmp_path / "state.pt", "checkpoint_every": 5}
+def test_resuming_without_the_state_of_the_generator_would_not_repeat_dropout(every_step, monkeypatch):
     straight = toy_fit(toy_model(dropout=0.5))
     with pytest.raises(Interrupted):
-        toy_fit(toy_model(dropout=0.5), after_step=interrupt_at(13), **checkpoint)
+        toy_fit(toy_model(dropout=0.5), after_step=interrupt_at(13), **every_step)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
-    resumed = toy_fit(toy_model(99, dropout=0.5), **checkpoint)
+    resumed = toy_fit(toy_model(99, dropout=0.5), **every_step)
     assert not torch.equal(weights(resumed), weights(straight))
 
 
 def test_an_interrupted_run_before_its_first_checkpoint_leaves_nothing(tmp_path):
     with pytest.raises(Interrupted):
-        toy_fit(toy_model(), after_step=interrupt_at(3), checkpoint=tmp_path / "state.pt", checkpoint_every=5)
+        toy_fit(toy_model(), after_step=interrupt_at(3), checkpoint=tmp_path / "state.pt", checkpoint_seconds=60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
+    """A clock that advances ten seconds a look, with one look before the loop and one more after every save."""
+    clock, saves = iter(range(0, 10**6, 10)), []
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training, "_save_state", lambda path, state, record: saves.append(len(record["log"])))
+    toy_fit(toy_model(), checkpoint=tmp_path / "state.pt", checkpoint_seconds=50)
+    assert saves == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 10, 100, 1000, -100, -1])
+def test_a_checkpoint_cut_short_is_told_and_training_starts_anew(every_step, capsys, size):
+    straight, log = log_of(toy_model(dropout=0.5))
+    with pytest.raises(Interrupted):
+        toy_fit(toy_model(dropout=0.5), after_step=interrupt_at(13), **every_step)
+    path = every_step["checkpoint"]
+    path.write_bytes(path.read_bytes()[:size])
+    resumed = log_of(toy_model(dropout=0.5), **every_step)
+    assert "state.pt: not readable" in capsys.readouterr().err
+    assert torch.equal(resumed[0], straight)
+    assert resumed[1] == log
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b"\0" * 5000, b"PK\x03\x04" + b"x" * 500])
+def test_a_checkpoint_that_is_none_is_told_and_training_starts_anew(every_step, capsys, content):
+    every_step["checkpoint"].write_bytes(content)
+    assert torch.equal(log_of(toy_model(), **every_step)[0], weights(toy_fit(toy_model())))
+    assert "state.pt: not readable" in capsys.readouterr().err
+
+
+def test_a_checkpoint_on_a_full_disk_is_named_and_the_last_one_serves(small_disk):
+    kept = {"checkpoint": small_disk / "state.pt", "checkpoint_seconds": 0}
+
+    def fill(row: dict) -> None:
+        if row["step"] == 6:
+            tiny.fill(small_disk)
+
+    with pytest.raises(OSError, match=r"the disk is full: .*state\.pt was not written"):
+        toy_fit(toy_model(dropout=0.5), after_step=fill, **kept)
+    assert tiny.names(small_disk) == ["ballast", "state.pt"]
+    (small_disk / "ballast").unlink()
+    steps = []
+    resumed = toy_fit(toy_model(99, 0.5), after_step=lambda row: steps.append(row["step"]), **kept)
+    assert steps == list(range(6, 21))
+    assert torch.equal(weights(resumed), weights(toy_fit(toy_model(dropout=0.5))))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(every_step, monkeypatch):
+    with pytest.raises(Interrupted):
+        toy_fit(toy_model(), after_step=interrupt_at(3), **every_step)
+    before = every_step["checkpoint"].read_bytes()
+
+    def save(content: dict, path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"the disk is full: .*state\.pt was not written"):
+        toy_fit(toy_model(), **every_step)
+    assert every_step["checkpoint"].read_bytes() == before
+    assert tiny.names(every_step["checkpoint"].parent) == ["state.pt"]
 
 
 # ---------------------------------------------------------------- which pairs at which step
@@ -447,34 +539,192 @@ def test_scores_have_full_precision_even_where_training_is_in_half(half_precisio
     assert not np.array_equal(scores, torch.from_numpy(scores).bfloat16().float().numpy())
 
 
+# ---------------------------------------------------------------- reward models, killed and resumed
+
+EVERYTHING = {
+    "steps": 12,
+    "snapshots": 3,
+    "evaluations": 4,
+    "eval_rows": np.arange(32, 48),
+    "dropout": 0.3,
+    "dropout_passes": 2,
+    "flipped": np.arange(0, 32, 5),
+}
+
+
+def tables(folder) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("scores.parquet", "log.parquet")]
+
+
+@pytest.fixture(params=["features", "llama"])
+def whole_run(pairs, request) -> training.RewardRun:
+    return tiny.reward_run(pairs, request.getfixturevalue(request.param), **EVERYTHING)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Kills a run right before or right after it has saved its n-th checkpoint of this start."""
+    save = training._save_state
+
+    def kill(run: training.RewardRun, folder, n: int, when: str) -> None:
+        saved = []
+
+        def save_and_stop(*args) -> None:
+            saved.append(args)
+            if when == "after" or len(saved) < n:
+                save(*args)
+            if len(saved) == n:
+                raise Interrupted
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(training, "_save_state", save_and_stop)
+            tiny.save_every_step(run, folder, folder / "state.pt")
+
+    return kill
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", [1, 4, 7, 12])
+def test_a_killed_reward_model_resumed_leaves_the_tables_of_a_straight_run(tmp_path, whole_run, killed, step, when):
+    """Step 4 takes a snapshot, 7 does not, 12 is the last: what follows it are the passes with dropout."""
+    training.train_reward_model(whole_run, tmp_path / "straight")
+    killed(whole_run, tmp_path, step, when)
+    first = step + (when == "after")
+    assert tiny.save_every_step(whole_run, tmp_path, tmp_path / "state.pt") == list(range(first, 13))
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+def test_a_reward_model_killed_after_every_step_gets_there_all_the_same(tmp_path, whole_run, killed):
+    training.train_reward_model(whole_run, tmp_path / "straight")
+    for _ in range(12):
+        killed(whole_run, tmp_path, 1, "after")
+    assert tiny.save_every_step(whole_run, tmp_path, tmp_path / "state.pt") == []
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("lost", ["rng", "optimiser", "scheduler"])
+def test_a_resume_that_lost_a_part_of_the_state_would_leave_other_scores(
+    tmp_path, pairs, features, killed, lost, monkeypatch
+):
+    optimisation = Optimisation(lr=1.0e-2, batch_size=8, schedule="linear", warmup_ratio=0.5)
+    run = tiny.reward_run(pairs, features, optimisation=optimisation, **EVERYTHING)
+    training.train_reward_model(run, tmp_path / "straight")
+    killed(run, tmp_path, 5, "after")
+    owner, name = {
+        "rng": (torch, "set_rng_state"),
+        "optimiser": (AcceleratedOptimizer, "load_state_dict"),
+        "scheduler": (AcceleratedScheduler, "load_state_dict"),
+    }[lost]
+    monkeypatch.setattr(owner, name, lambda *args: None)
+    training.train_reward_model(run, tmp_path, tmp_path / "state.pt")
+    first, last = (pd.read_parquet(folder / "scores.parquet") for folder in (tmp_path, tmp_path / "straight"))
+    assert np.array_equal(rewards(first, 0), rewards(last, 0))  # taken at step 4, and kept
+    assert not np.array_equal(rewards(first, 2), rewards(last, 2))
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_reward_model_with_a_broken_checkpoint_starts_anew(tmp_path, whole_run, killed, capsys, size):
+    training.train_reward_model(whole_run, tmp_path / "straight")
+    killed(whole_run, tmp_path, 7, "after")
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:size])
+    assert tiny.save_every_step(whole_run, tmp_path, tmp_path / "state.pt") == list(range(1, 13))
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+    assert "training starts anew" in capsys.readouterr().err
+
+
+def test_a_worker_killed_by_the_system_is_resumed_by_a_rerun(tmp_path, whole_run):
+    def run() -> list:
+        settings = {"code": training.REWARD_RUN_CODE, "workers": 1}
+        return runs.run_units([whole_run], tiny.die_in_training, tmp_path / "units", **settings)
+
+    training.train_reward_model(whole_run, tmp_path / "straight")
+    with pytest.raises(BrokenProcessPool):
+        run()
+    (folder,) = run()
+    assert json.loads((folder / "steps.json").read_text()) == list(range(7, 13))
+    assert tables(folder) == tables(tmp_path / "straight")
+    assert not list(folder.parent.glob("*.pt"))
+
+
 # ---------------------------------------------------------------- what decides a result
 
 
-def test_the_inputs_of_a_run_are_the_files_that_decide_it(tmp_path, pairs, llama):
-    key = runs.content_key(*tiny.reward_run(pairs, llama).inputs())
+def test_the_key_of_a_run_follows_the_files_that_decide_it(tmp_path, pairs, llama):
+    key = runs.content_key(tiny.reward_run(pairs, llama))
     other_pairs = tiny.save_preferences(tmp_path / "preferences.parquet", n=24)
-    assert key != runs.content_key(*tiny.reward_run(other_pairs, llama).inputs())
+    assert key != runs.content_key(tiny.reward_run(other_pairs, llama))
     other_base = tiny.save_causal(tmp_path / "base")
-    assert key != runs.content_key(*tiny.reward_run(pairs, other_base).inputs())
+    assert key != runs.content_key(tiny.reward_run(pairs, other_base))
 
 
-def test_the_inputs_of_a_run_on_a_package_or_a_hub_model_can_be_keyed(pairs, tmp_path, monkeypatch):
-    (tmp_path / "toy_weights").mkdir()
-    (tmp_path / "toy_weights" / "__init__.py").touch()
-    (tmp_path / "toy_weights" / "config.json").write_text("{}")
-    monkeypatch.syspath_prepend(tmp_path)
-    package = runs.content_key(*tiny.reward_run(pairs, "toy_weights").inputs())
-    assert package != runs.content_key(*tiny.reward_run(pairs, "somebody/some-model").inputs())
-    (tmp_path / "toy_weights" / "config.json").write_text('{"hidden_size": 1}')
-    assert package != runs.content_key(*tiny.reward_run(pairs, "toy_weights").inputs())
+def test_the_key_of_a_run_on_a_hub_model_follows_its_name(pairs):
+    one, other = (runs.content_key(tiny.reward_run(pairs, name)) for name in ("somebody/a-model", "somebody/b-model"))
+    assert one != other
 
 
-def test_the_inputs_of_a_run_on_features_hold_their_ids(pairs, tmp_path):
+def test_the_key_of_a_run_on_features_follows_their_ids(pairs, tmp_path):
     base = tiny.save_features(tmp_path / "features.safetensors")
-    key = runs.content_key(*tiny.reward_run(pairs, base).inputs())
-    ids = (tmp_path / "features.txt").read_text().splitlines()
-    (tmp_path / "features.txt").write_text("\n".join(ids[::-1]))
-    assert key != runs.content_key(*tiny.reward_run(pairs, base).inputs())
+    key = runs.content_key(tiny.reward_run(pairs, base))
+    features, ids = models.load_features(base)
+    models.save_features(features, ids[::-1], base)
+    assert key != runs.content_key(tiny.reward_run(pairs, base))
+
+
+# ---------------------------------------------------------------- what a run will cost
+
+
+def counted(said: str) -> tuple[int, ...]:
+    """Models, steps, tokens trained on, tokens scored, as a forecast says them."""
+    pattern = r"(\d+) reward models, ([\d,]+) steps, ([\d,]+) \w+ to train on and ([\d,]+) to score: "
+    return tuple(int(number.replace(",", "")) for number in re.match(pattern, said).groups())
+
+
+def test_a_forecast_counts_steps_and_tokens(pairs, llama):
+    looked = tiny.reward_run(pairs, llama, epochs=2, eval_rows=np.arange(32, 48), **{"evaluations": 3, "snapshots": 2})
+    passed = tiny.reward_run(pairs, llama, score_rows=np.arange(40, 48), dropout_passes=4)
+    lengths = training.tokenized(pairs, llama, 256).lengths
+    assert len(set(lengths)) > 3
+    trained = 3 * lengths[:32].sum()  # two epochs and one
+    scored = 2 * lengths.sum() + 2 * 3 * lengths[32:].sum() + 5 * lengths[40:].sum()
+    assert counted(training.forecast([looked, passed], 2)) == (2, 8 + 4, trained, scored)
+
+
+def test_a_forecast_on_features_counts_pairs(pairs, features):
+    said = training.forecast([tiny.reward_run(pairs, features, steps=7, snapshots=2)], 1)
+    assert counted(said) == (1, 7, 7 * 8, 2 * 48)
+    assert "pairs to train on" in said
+
+
+@pytest.mark.parametrize(
+    ("a_token", "workers", "about"),
+    [(1.0, 1, "48 seconds"), (1.0, 2, "24 seconds"), (10.0, 1, "8 minutes"), (2.5, 1, "2 minutes"), (2.4, 1, "115")],
+)
+def test_a_forecast_is_told_in_seconds_or_minutes(pairs, features, monkeypatch, a_token, workers, about):
+    """32 pairs to train on, and 48 to score at a third of the cost."""
+    monkeypatch.setattr(training, "_seconds_a_token", lambda run: a_token)
+    assert f"about {about}" in training.forecast([tiny.reward_run(pairs, features)], workers)
+
+
+def test_a_forecast_times_one_thread_and_gives_the_others_back(pairs, llama, monkeypatch):
+    threads, loss = [], models.pair_rewards
+
+    def note(*args) -> tuple:
+        threads.append(torch.get_num_threads())
+        return loss(*args)
+
+    monkeypatch.setattr(models, "pair_rewards", note)
+    torch.set_num_threads(2)
+    try:
+        said = training.forecast([tiny.reward_run(pairs, llama)], 2)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(models, "pair_rewards", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            training.forecast([tiny.reward_run(pairs, llama)], 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [1] * 6
+    assert re.search(r"about \d+ (seconds|minutes) \(2 side by side\)$", said)
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
@@ -542,7 +792,7 @@ def test_the_seed_of_fine_tuning_orders_the_demonstrations():
 
 def test_a_resumed_fine_tuning_logs_every_step_as_a_straight_one_does(tmp_path, monkeypatch):
     straight = sft(epochs=4)[1]
-    checkpoint = {"checkpoint": tmp_path / "state.pt", "checkpoint_every": 5}
+    checkpoint = {"checkpoint": tmp_path / "state.pt", "checkpoint_seconds": 0}
     save_state = training._save_state
 
     def save_and_stop(*args) -> None:

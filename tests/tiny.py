@@ -1,12 +1,17 @@
 """A tiny language, tiny models and tiny units of work: enough to train a reward model in a second."""
 
+import contextlib
+import json
 import os
 import signal
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -24,7 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rmlib import models, training
+from rmlib import models, records, runs, training
 
 FILLER = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 WORDS = [*FILLER, "good", "bad"]
@@ -54,7 +59,7 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_causal(folder: Path, kind: str = "llama", layers: int = 2) -> str:
+def save_causal(folder: Path, kind: str = "llama", layers: int = 2) -> Path:
     """A causal LM of ``kind`` with its tokenizer; the head of a reward model on it has weights around 1."""
     words = tokenizer()
     special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -63,18 +68,18 @@ def save_causal(folder: Path, kind: str = "llama", layers: int = 2) -> str:
     config = CONFIGS[kind](vocab_size=len(words), **sizes, **special, **({} if kind == "gpt2" else family))
     shake(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     words.save_pretrained(folder)
-    return str(folder)
+    return folder
 
 
-def save_llama(folder: Path) -> str:
+def save_llama(folder: Path) -> Path:
     """A Llama as the miniature world makes it, untrained."""
     words = tokenizer()
     models.small_llama(words, hidden_size=16, layers=2, heads=2, max_length=64, seed=0).save_pretrained(folder)
     words.save_pretrained(folder)
-    return str(folder)
+    return folder
 
 
-def save_encoder(folder: Path) -> str:
+def save_encoder(folder: Path) -> Path:
     """A BERT that reads ``[CLS] prompt [SEP] response [SEP]``, with its tokenizer."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
@@ -87,7 +92,7 @@ def save_encoder(folder: Path) -> str:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     shake(BertModel(BertConfig(vocab_size=len(words), initializer_range=1.0, **sizes))).save_pretrained(folder)
     words.save_pretrained(folder)
-    return str(folder)
+    return folder
 
 
 # ---------------------------------------------------------------- preferences
@@ -116,21 +121,21 @@ def preferences(n: int = 48, seed: int = 0) -> Dataset:
     )
 
 
-def save_preferences(path: Path, n: int = 48) -> str:
+def save_preferences(path: Path, n: int = 48) -> Path:
     preferences(n).to_pandas().to_parquet(path)
-    return str(path)
+    return path
 
 
-def save_features(path: Path, n: int = 48) -> str:
+def save_features(path: Path, n: int = 48) -> Path:
     """Cached features of the responses of ``preferences(n)``; the first one tells chosen from rejected."""
     rows = preferences(n)
     features = torch.randn(2 * n, 8, generator=torch.Generator().manual_seed(0))
     features[:n, 0], features[n:, 0] = 2.0, -2.0
     models.save_features(features, [*rows["chosen_id"], *rows["rejected_id"]], path)
-    return str(path)
+    return path
 
 
-def reward_run(preferences: str, base: str, n: int = 48, **changes) -> training.RewardRun:
+def reward_run(preferences: Path, base: Path | str, n: int = 48, **changes) -> training.RewardRun:
     """A reward model trained on the first two thirds of ``n`` pairs, scored on all."""
     rows = np.arange(n)
     settings = {
@@ -144,6 +149,28 @@ def reward_run(preferences: str, base: str, n: int = 48, **changes) -> training.
     return training.RewardRun(preferences=preferences, base=base, **(settings | changes))
 
 
+# ---------------------------------------------------------------- files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_folder(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room that is left."""
+    with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    return disk / "ballast"
+
+
 # ---------------------------------------------------------------- units of work
 
 
@@ -155,30 +182,83 @@ class Unit:
     value: int
     log: str
 
-    def inputs(self) -> list[Path]:
-        return []
-
 
 def starts(unit: Unit) -> int:
     log = Path(unit.log)
     return len(log.read_text().split()) if log.exists() else 0
 
 
-def write_numbers(unit: Unit, folder: Path) -> None:
+def write_numbers(unit: Unit, folder: Path, checkpoint: Path) -> None:
     with Path(unit.log).open("a") as log:
         log.write(f"{unit.name}\n")
     numbers = np.random.default_rng(unit.value).normal(size=unit.value)
     pd.DataFrame({"number": numbers, "threads": torch.get_num_threads()}).to_parquet(folder / "numbers.parquet")
 
 
-def fail_on_seven(unit: Unit, folder: Path) -> None:
-    write_numbers(unit, folder)
+def fail_on_seven(unit: Unit, folder: Path, checkpoint: Path) -> None:
+    write_numbers(unit, folder, checkpoint)
     if unit.value == 7:
         raise ValueError("seven cannot be done")
 
 
-def die_at_first(unit: Unit, folder: Path) -> None:
+def linger_but_fail_on_seven(unit: Unit, folder: Path, checkpoint: Path) -> None:
+    fail_on_seven(unit, folder, checkpoint)
+    time.sleep(0.2)
+
+
+def die_at_first(unit: Unit, folder: Path, checkpoint: Path) -> None:
     """The first start is killed half-way, with its table written; later ones are not."""
-    write_numbers(unit, folder)
+    write_numbers(unit, folder, checkpoint)
     if starts(unit) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_every_step(run: training.RewardRun, folder: Path, checkpoint: Path) -> list[int]:
+    """Train with a checkpoint at every step; returns the steps made."""
+    fit, steps = training.fit, []
+
+    def fit_and_count(*args, after_step, **kwargs):
+        def note(row: dict) -> None:
+            steps.append(row["step"])
+            after_step(row)
+
+        return fit(*args, after_step=note, checkpoint_seconds=0, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "fit", fit_and_count)
+        training.train_reward_model(run, folder, checkpoint)
+    return steps
+
+
+def die_in_training(run: training.RewardRun, folder: Path, checkpoint: Path) -> None:
+    """The first start is killed at its seventh step, six of them saved; the next notes which steps it makes."""
+    save, first, saved = training._save_state, not checkpoint.exists(), []
+
+    def save_and_die(*args) -> None:
+        if first and len(saved) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        saved.append(args)
+        save(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_save_state", save_and_die)
+        steps = save_every_step(run, folder, checkpoint)
+    (folder / "steps.json").write_text(json.dumps(steps))
+
+
+def hold_chapter(results: Path, stem: str, preset: str, line: Connection) -> None:
+    """Another process that begins a chapter, says how that went, and holds on to it."""
+    runs.RESULTS = results
+    try:
+        records.Run(stem, preset, {})
+        line.send("")
+    except RuntimeError as error:
+        line.send(str(error))
+    line.recv()
+
+
+def count_threads(started, line: Connection) -> None:
+    """How many threads a worker computes on that had two when it began."""
+    torch.set_num_threads(2)
+    runs._start_worker(started)
+    line.send(torch.get_num_threads())

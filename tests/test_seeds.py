@@ -1,0 +1,100 @@
+"""Every seed that the library takes repeats what it draws, and another one draws something else."""
+
+import importlib
+import inspect
+from dataclasses import is_dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from rmlib import data, models, training, voting, world
+from rmlib.runs import ROOT
+
+ELSEWHERE = {"__init__", "sources"}  # the seeds that split data from outside have their tests in test_sources
+IDS = np.array([f"text-{i}" for i in range(40)])
+
+
+def prompt_ids() -> list[np.ndarray]:
+    return data.prompt_ids(["one two three", "seven"] * 8, tiny.tokenizer())
+
+
+def vector(model: torch.nn.Module) -> list[float]:
+    return torch.nn.utils.parameters_to_vector(model.parameters()).tolist()
+
+
+def small_llama(seed: int) -> torch.nn.Module:
+    return models.small_llama(tiny.tokenizer(), hidden_size=16, layers=1, heads=2, max_length=64, seed=seed)
+
+
+def generate(seed: int) -> list[list[int]]:
+    special = {"eos_id": tiny.tokenizer().eos_token_id, "pad_id": tiny.tokenizer().pad_token_id}
+    return models.generate(small_llama(0), prompt_ids(), max_new_tokens=8, seed=seed, **special)
+
+
+def train_sft(seed: int) -> list[float]:
+    answers = data.response_ids(["good one two"] * 16, tiny.tokenizer())
+    texts = data.Demonstrations(prompt_ids(), answers, tiny.tokenizer().pad_token_id)
+    optimisation = training.Optimisation(lr=1.0e-2, batch_size=4)
+    return vector(training.train_sft(small_llama(0), texts, optimisation, epochs=1, seed=seed)[0])
+
+
+def fold_plan(seed: int) -> list[list[int]]:
+    ids = {"rows": np.arange(40), "chosen": IDS, "rejected": np.roll(IDS, 1), "group": IDS}
+    return [score.tolist() for _, score in voting.fold_plan(**ids, by="pair", n_folds=4, seed=seed)]
+
+
+@pytest.fixture
+def drawn(tmp_path, tiny_prompts, tiny_pairs):
+    """What each function draws, by the seed it is given."""
+    pairs = tiny.save_preferences(tmp_path / "pairs.parquet")
+    base = tiny.save_features(tmp_path / "features.safetensors")
+
+    def rewards(**seeds: int) -> list[float]:
+        run = tiny.reward_run(pairs, base, steps=4, **seeds)
+        training.train_reward_model(run, tmp_path)
+        return pd.read_parquet(tmp_path / "scores.parquet")["reward_chosen"].tolist()
+
+    return {
+        "data.world_pairs(seed)": lambda seed: data.world_pairs(tiny_prompts, seed, 3),
+        "data.draw_labels(seed)": lambda seed: data.draw_labels(tiny_pairs, seed).to_list(),
+        "models.small_llama(seed)": lambda seed: vector(small_llama(seed)),
+        "models.reward_model(head_seed)": lambda seed: vector(models.reward_model(base, head_seed=seed)),
+        "models.generate(seed)": generate,
+        "training.train_sft(seed)": train_sft,
+        "training.RewardRun(data_seed)": lambda seed: rewards(data_seed=seed),
+        "training.RewardRun(head_seed)": lambda seed: rewards(head_seed=seed),
+        "voting.fold_plan(seed)": fold_plan,
+        "world.write_prompts(seed)": lambda seed: world.write_prompts(dict.fromkeys(world.SPLITS, 6), seed),
+        "world.write_pairs(seed)": lambda seed: world.write_pairs(tiny_prompts, seed),
+    }
+
+
+def seeds_taken() -> list[str]:
+    """Every argument of a public function or dataclass of the library that is called a seed."""
+    rooms = sorted({path.stem for path in (ROOT / "rmlib").glob("*.py")} - ELSEWHERE)
+    return [
+        f"{room}.{thing}({argument})"
+        for room in rooms
+        for thing, found in vars(importlib.import_module(f"rmlib.{room}")).items()
+        if (inspect.isfunction(found) or is_dataclass(found))
+        and found.__module__ == f"rmlib.{room}"
+        and thing[0] != "_"
+        for argument in inspect.signature(found).parameters
+        if argument.endswith("seed")
+    ]
+
+
+@pytest.mark.parametrize("what", seeds_taken())
+def test_a_seed_repeats_what_it_draws_and_another_draws_something_else(drawn, what):
+    first = drawn[what](3)
+    torch.rand(7)
+    np.random.seed(1)  # noqa: NPY002 (whatever was drawn before does not count)
+    assert drawn[what](3) == first
+    assert drawn[what](4) != first
+
+
+def test_every_seed_is_tried(drawn):
+    assert set(seeds_taken()) == set(drawn)
