@@ -25,13 +25,14 @@ book: env  ## set up, then regenerate every figure (PRESET=default)
 	$(BIN)/snakemake --cores all --quiet rules --rerun-incomplete --nolock --config preset=$(PRESET)
 
 test: lint unit book  ## check the code, the default run and its notebooks cell by cell, and the paths on people's data
+	$(BIN)/python -m pytest tests/test_kills.py
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 	@for one in ukp_convarg1=smoke_convarg hh_harmless_test=smoke_hh; do \
 	  if [ -d "$${RMLIB_DATA:-data}/$${one%=*}" ]; then $(MAKE) book PRESET=$${one#*=} || exit 1; \
 	  else echo "$${one%=*} is not in $${RMLIB_DATA:-data}: preset $${one#*=} was not run"; fi; done
 
 unit: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_kills.py
 
 lint: env
 	$(BIN)/ruff check .

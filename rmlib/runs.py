@@ -156,8 +156,9 @@ def made(path: Path, make: Callable[[Path, Path], None]) -> Path:
 
     It is complete or absent; ``checkpoint`` is a file that outlives a killed run until the folder is complete.
     """
+    checkpoint = path.with_name(f".{path.name}.pt")
     if not is_whole(path):
-        started, checkpoint = time.time(), path.with_name(f".{path.name}.pt")
+        started = time.time()
         with atomic(path) as temporary:
             temporary.mkdir(parents=True)
             make(temporary, checkpoint)
@@ -166,7 +167,7 @@ def made(path: Path, make: Callable[[Path, Path], None]) -> Path:
             }
             seal = {"seconds": round(time.time() - started, 2), "peak_memory_mb": peak_memory_mb(), "files": files}
             (temporary / SEAL).write_text(json.dumps(seal, indent=1))
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return path
 
 

@@ -26,8 +26,8 @@ BATCH = 32
 HELD_OUT = 256
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 1024, 128, 4, 4, 512
 LENGTHS = {  # prompt tokens, response tokens (both ends included), pairs trained on and scored in a run
-    "short": ((16, 64), (24, 48), 2016),
-    "HH-like": ((100, 300), (20, 100), 512),
+    "short": ((16, 64), (24, 48), 1024),
+    "HH-like": ((100, 300), (20, 100), 256),
 }
 NAMES = {"trl": "TRL RewardTrainer", "rmlib": "rmlib"}
 RECIPE = training.Optimisation(lr=1e-3, batch_size=BATCH, schedule="linear", warmup_ratio=0.0, max_grad_norm=1.0)
