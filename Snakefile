@@ -2,11 +2,14 @@
 # A chapter reruns when its notebook, its parameters, an earlier chapter or a module it uses has changed.
 import os
 import sys
-from glob import glob
+from pathlib import Path
 
 import yaml
 
+from rmlib import params
+from rmlib.notebooks import parameters_cell
 from rmlib.records import forget_broken
+from rmlib.runs import data_folder
 
 PRESET = config.get("preset", "default")
 PLACE = ["__init__", "runs", "records", "params", "figures", "evaluation", "data", "sources"]
@@ -17,10 +20,23 @@ CHAPTERS = {
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
 # A preset runs the chapters for which it has a file of parameters.
-CHAPTERS = {stem: chapter for stem, chapter in CHAPTERS.items() if os.path.exists(f"params/{PRESET}/{stem}.yaml")}
-if not CHAPTERS:
+if not os.path.isdir(f"params/{PRESET}"):
     sys.exit(f"no preset {PRESET!r} in params/; there are {', '.join(sorted(os.listdir('params')))}")
-forget_broken(PRESET)  # what a crash left half-written is made again
+CHAPTERS = {stem: chapter for stem, chapter in CHAPTERS.items() if os.path.exists(f"params/{PRESET}/{stem}.yaml")}
+FILES = {stem: Path(f"params/{PRESET}/{stem}.yaml") for stem in CHAPTERS}
+if strays := {path.stem for path in Path(f"params/{PRESET}").glob("*.y*ml")} - set(params.CHAPTERS):
+    sys.exit(f"params/{PRESET}: no chapter is named {', '.join(sorted(strays))}; there are {', '.join(params.CHAPTERS)}")
+
+
+def wanted(stem):
+    """The parameters that a chapter is to run with; what is wrong with them, its rule says."""
+    try:
+        return params.read_yaml(stem, FILES[stem], parameters_cell(f"notebooks/{stem}.ipynb")).model_dump()
+    except ValueError:
+        return None
+
+
+forget_broken(PRESET, {stem: wanted(stem) for stem in CHAPTERS})  # what broke or has changed is made again
 
 
 def record(stem):
@@ -28,13 +44,16 @@ def record(stem):
 
 
 def data_files(stem):
-    """Files of a data set that a chapter reads, if its parameters name one."""
-    with open(f"params/{PRESET}/{stem}.yaml") as file:
-        path = yaml.safe_load(file).get("data_path") or "hub:"
-    if path.startswith("hub:"):
-        return []
-    place = os.path.join(os.environ.get("RMLIB_DATA") or "data", path)
-    return sorted(name for name in glob(f"{place}/**", recursive=True) if os.path.isfile(name))
+    """Local files that a chapter's parameters name: of a data set, or of a checkpoint."""
+    try:
+        given = yaml.safe_load(Path(f"params/{PRESET}/{stem}.yaml").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return []  # the check before the run says what is wrong
+    names = [given.get(key) for key in ("data_path", "base_model", "encoder")] if isinstance(given, dict) else []
+    places = [data_folder() / name for name in names[:1] if isinstance(name, str) and name]
+    places += [Path(name) for name in names[1:] if isinstance(name, str) and name]
+    inside = [file for place in places if place.is_dir() for file in place.rglob("*")]
+    return sorted(str(file) for file in [*places, *inside] if file.is_file())
 
 
 rule book:
@@ -66,7 +85,7 @@ for stem, chapter in CHAPTERS.items():
         shell:
             # checked before a kernel starts; the executed notebook survives a failure as the log;
             # a run that drew no figure leaves no record, and then the rule fails
-            "{params.python} -m rmlib.notebooks check {params.stem} {input.parameters}"
-            " && {params.python} -m papermill {input.notebook} {log.notebook} -f {input.parameters}"
+            "{params.python:q} -m rmlib.notebooks check {params.stem} {input.parameters}"
+            " && {params.python:q} -m papermill {input.notebook} {log.notebook} -f {input.parameters}"
             " -k python3 --no-progress-bar --log-output --log-level WARNING"
             " && cp {log.notebook} {output.notebook}"

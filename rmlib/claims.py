@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from rmlib.records import COMMITTED
 from rmlib.runs import FIGURES, ROOT
 
 ALPHA = 0.05
 MARK = "<!-- claims -->"
-PRESETS = ("default", "full", "convarg")  # whose evidence is committed
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,14 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
 
 def ledger(figures: Path) -> pd.DataFrame:
     """Every claim with its verdict and interval in each preset, from the committed ``claims.csv`` files."""
-    paths = [path for preset in PRESETS for path in sorted((figures / preset).glob("*/claims.csv"))]
+    paths = [path for preset in COMMITTED for path in sorted((figures / preset).glob("*/claims.csv"))]
     tables = [pd.read_csv(path, dtype={"claim": str}).assign(preset=path.parts[-3]) for path in paths]
     rows = pd.concat(tables, ignore_index=True)
     effect = [f"**{r.verdict}** {r.estimate:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in rows.itertuples()]
     wide = rows.assign(effect=effect).pivot(index=["claim", "says"], columns="preset", values="effect").reset_index()
     order = [claim for chapter in RULES.values() for claim in chapter]
     wide = wide.sort_values("claim", key=lambda claims: claims.map(order.index), ignore_index=True).fillna("-")
-    return wide[["claim", "says", *(preset for preset in PRESETS if preset in wide)]]
+    return wide[["claim", "says", *(preset for preset in COMMITTED if preset in wide)]]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -211,12 +211,13 @@ def causal_pairs(preferences: Dataset, tokenizer, max_length: int) -> CausalPair
 def prompt_ids(prompts: list[str], tokenizer) -> list[np.ndarray]:
     """Token ids of prompts: exactly one beginning-of-text token, and the separator where the tokenizer has one.
 
-    A chat template may have written the first token already.
+    A chat template may have written the first token already. Without any token an empty prompt becomes the
+    end-of-text token, so that there is something to answer.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
     return [
-        np.array((start if ids[:1] != start else []) + ids + end, dtype=np.int64)
+        np.array((start if ids[:1] != start else []) + ids + end or [tokenizer.eos_token_id], dtype=np.int64)
         for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]
     ]
 

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -87,6 +88,12 @@ def source_folder(name: str | Path) -> str:
     if not configs:
         raise FileNotFoundError(f"package {name!r} holds no config.json, so no pretrained model")
     return str(configs[0].parent)
+
+
+def identity(name: str, revision: str | None = None) -> Path | tuple[str, str | None]:
+    """What tells a checkpoint from all others, for content keys: its files, or its hub name and revision."""
+    folder = Path(source_folder(name))
+    return folder if folder.is_dir() else (name, revision)
 
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no code of strangers
@@ -297,15 +304,11 @@ def generate(
     for i, tokens in enumerate(prompts):
         ids[i, width - len(tokens) :] = torch.from_numpy(tokens)
         mask[i, width - len(tokens) :] = 1
-    sampled = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        top_k=0,
-        eos_token_id=eos_id,
-        pad_token_id=pad_id,
-    )[:, width:].tolist()
+    plain = {"max_new_tokens": max_new_tokens, "do_sample": True, "top_k": 0}
+    model.generation_config = GenerationConfig(
+        **plain, eos_token_id=eos_id, pad_token_id=pad_id
+    )  # not the checkpoint's
+    sampled = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in sampled]
 
 
@@ -315,6 +318,7 @@ def encode(
     texts: list[tuple[str, str]],
     *,
     max_length: int,
+    revision: str | None = None,
     batch_size: int = 64,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
@@ -325,7 +329,8 @@ def encode(
     ``checkpoint`` a rerun goes on where a killed one was at most ``checkpoint_seconds`` ago.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, model = load_tokenizer(name), _from_checkpoint(AutoModel, name)[0].eval().to(device)
+    tokenizer = load_tokenizer(name, revision)
+    model = _from_checkpoint(AutoModel, name, revision=revision)[0].eval().to(device)
     if max_length > (places := getattr(model.config, "max_position_embeddings", max_length)):
         raise ValueError(f"{name}: it reads {places} tokens, fewer than max_length {max_length}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))

@@ -76,7 +76,9 @@ def main(command: str, stem: str = "", file: str = "") -> None:
             print(path.name, file=sys.stderr, flush=True)
             refresh(path)
     elif command == "check":
-        params.read_yaml(stem, Path(file), parameters_cell(ROOT / "notebooks" / f"{stem}.ipynb"))
+        given = params.read_yaml(stem, Path(file), parameters_cell(ROOT / "notebooks" / f"{stem}.ipynb"))
+        if given.preset != (place := Path(file).resolve().parent.name):  # it would write where another preset does
+            raise params.ParameterError(f"{file}: preset = {given.preset!r}, but the file lies in params/{place}")
     else:
         raise ValueError(f"unknown command {command!r}; choose from refresh, check STEM FILE")
 

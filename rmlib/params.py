@@ -54,6 +54,7 @@ class WorldAndData(Parameters):
     base_model: str
     base_revision: Name
     encoder: Name
+    encoder_revision: Name
     encoder_max_length: Count
     world_seed: CountOrZero
     n_sft_prompts: Count
@@ -81,8 +82,12 @@ class WorldAndData(Parameters):
     def _fits(self) -> Self:
         if self.source != "world" and not self.data_path:
             raise ValueError(f"source = {self.source!r} needs data_path, where its files lie")
-        if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of heads = {self.heads}")
+        if self.source == "world" and (self.data_path or self.base_model):
+            raise ValueError("source = 'world' reads neither data_path nor base_model: name the source that does")
+        if self.source == "convarg" and self.base_model:
+            raise ValueError("source = 'convarg' is read by the encoder: leave base_model empty")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size = {self.hidden_size} is no even multiple of heads = {self.heads}")
         return self
 
 
@@ -134,6 +139,9 @@ CHAPTERS: dict[str, type[BaseModel]] = {
 }
 
 
+IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
+
+
 class ParameterError(ValueError):
     """One or more parameters are unknown, missing, or not of the right type or range."""
 
@@ -145,7 +153,12 @@ def check(stem: str, values: Mapping[str, object], source: str = "the parameters
     :class:`ParameterError` naming every offending key, ``source``, and the nearest key that exists.
     """
     model = CHAPTERS[stem]
-    given = {name: value for name, value in values.items() if _is_parameter(name, value)}
+    again = any(isinstance(value, model) for value in values.values())  # the cell is run once more, amid later names
+    given = {
+        name: value
+        for name, value in values.items()
+        if _is_parameter(name, value) and (name in model.model_fields or not again)
+    }
     try:
         return model(**given)
     except ValidationError as error:
@@ -179,7 +192,7 @@ class _NoRepeats(yaml.SafeLoader):
 
 def _is_parameter(name: str, value: object) -> bool:
     ours = isinstance(value, ModuleType | FunctionType | type) or callable(value)
-    return not name.startswith("_") and name not in ("In", "Out") and not ours
+    return not IPYTHON_NAMES.fullmatch(name) and not ours
 
 
 def _explain(problem: Mapping, known: list[str]) -> str:

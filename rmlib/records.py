@@ -1,7 +1,7 @@
 """The record of a run: what it was given, on which machine, what it cost, and the evidence it leaves.
 
 Figures and tables gather in a hidden folder and take the place of the last run's only when all is done, so
-``figures/<preset>/<stem>`` always holds the evidence of exactly one complete run.
+``figures/<preset>/<stem>`` holds the evidence of one complete run, or for an instant, none.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 from PIL import Image
@@ -22,6 +23,9 @@ from PIL import Image
 from rmlib import runs
 
 _LOCKS: dict[Path, int] = {}  # one handle a file: closing a second one would let go of the lock
+
+
+COMMITTED = ("default", "full", "convarg")  # presets whose evidence belongs to the book, within expected ranges
 
 
 class Run:
@@ -101,12 +105,15 @@ class Run:
             raise RuntimeError(
                 f"figures not drawn: {sorted(set(figures) - drawn)}; not announced: {sorted(drawn - set(figures))}"
             )
-        (self.draft / "run.json").write_text(json.dumps(self._record(outputs or {}), indent=2, default=str) + "\n")
-        if not _same_evidence(self.draft, self.figures):
+        record = self._record(outputs or {})
+        _write(record, self.draft / "run.json")
+        if _same_evidence(self.draft, self.figures):
+            record["id"] = _read(self.figures / "run.json")["id"]  # the evidence stands as that run published it
+        else:
             with runs.atomic(self.figures) as temporary:
                 shutil.copytree(self.draft, temporary)
         with runs.atomic(self.results / "run.json") as temporary:
-            shutil.copy(self.draft / "run.json", temporary)
+            _write(record, temporary)
         fcntl.lockf(_LOCKS[self.results / ".lock"], fcntl.LOCK_UN)
         tables = len(self.files) - 2 * len(drawn)
         print(f"{len(drawn)} figures and {tables} tables in figures/{self.preset}/{self.stem}")
@@ -124,7 +131,7 @@ class Run:
             "seeds": self.parameters.get("seeds", []),
             **self.notes,
             "commit": _commit(),
-            "versions": {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "numpy")},
+            "versions": {p: version(p) for p in (*runs.COMPUTES, "datasets", "pandas")},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if gpu else f"cpu ({platform.machine()})",
             "dtype": "bfloat16 autocast" if gpu and torch.cuda.is_bf16_supported() else "float32",
@@ -141,10 +148,17 @@ class Run:
         }
 
 
-def forget_broken(preset: str) -> None:
-    """Remove the record of every chapter whose outputs or evidence are not whole, so that it runs again."""
+def forget_broken(preset: str, parameters: Mapping[str, dict] = MappingProxyType({})) -> None:
+    """Remove the record of every chapter that must run again, so that it does.
+
+    Its outputs or evidence are not whole, or it ran with other parameters than ``parameters[stem]``.
+    """
     for record in sorted((runs.RESULTS / preset).glob("*/run.json")):
-        if problem := _problem(record):
+        problem = _problem(record)
+        wanted = parameters.get(record.parent.name)
+        if not problem and wanted is not None and wanted != _read(record)["parameters"]:
+            problem = "its last run had other parameters than its file"
+        if problem:
             print(f"{record.parent.name}: {problem}; it will run again", file=sys.stderr)
             record.unlink()
 
@@ -182,6 +196,10 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _write(record: dict, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
 def _commit() -> str:
     """The commit that the code stands at, with a plus sign if files differ from it; empty outside of git."""
 
@@ -190,7 +208,7 @@ def _commit() -> str:
         return answer.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "rmlib", "notebooks", "params")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "rmlib", "params")
         return git("rev-parse", "HEAD") + "+" * bool(changed)
     except FileNotFoundError:
         return ""

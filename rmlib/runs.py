@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "results", ROOT / "figures"
 
 
+COMPUTES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
+
+
 def data_folder() -> Path:
     """Where data sets that cannot be shipped lie: ``$RMLIB_DATA``, else ``data/`` in the project."""
     return Path(os.environ.get("RMLIB_DATA") or ROOT / "data")
@@ -39,16 +42,22 @@ def data_folder() -> Path:
 
 
 def content_key(*parts: object, code: Sequence[str] = ()) -> str:
-    """Hash of ``parts``, of the modules of rmlib named in ``code``, and of the versions that compute.
+    """Hash of ``parts``, of the modules of rmlib named in ``code``, and of versions and kind of device.
 
     Paths stand for the bytes of their file (or of all files in their folder) wherever it lies, arrays for
     their values; comments and docstrings of the code do not count.
     """
     digest = hashlib.sha256()
-    versions = [version(name) for name in ("torch", "transformers", "tokenizers")]
-    for part in [*parts, *(_code_text(name) for name in code), versions]:
+    for part in [*parts, *(_code_text(name) for name in code), _computer()]:
         digest.update(_bytes_of(part))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _computer() -> list[str]:
+    import torch  # here, so that the Snakefile, which reads this module, starts without it
+
+    return [*(version(name) for name in COMPUTES), "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def fingerprint(path: Path) -> str:
@@ -80,7 +89,8 @@ def _content_of(part: object) -> bytes:
 
 @cache
 def _file_hash(path: str, size: int, mtime_ns: int) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @cache

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
@@ -70,12 +71,12 @@ class Sieve:
     def close(self, n_kept: int, path: Path) -> None:
         """Print how many rows were left out, or raise :class:`DataError` naming the first of them."""
         if self.bad and self.on_bad_row == "error":
-            shown = [f"{place}: {bad.kind} {bad.detail}".rstrip() for place, bad in self.bad[:10]]
+            shown = [f"{place}: {bad.kind}: {bad.detail}".removesuffix(": ") for place, bad in self.bad[:10]]
             more = [f"and {len(self.bad) - 10} more"] * (len(self.bad) > 10)
             hint = "mend them, or set on_bad_row to 'drop' to leave them out"
             raise DataError("\n  ".join([f"{len(self.bad)} bad rows in {path}; {hint}", *shown, *more]))
         for kind, n in sorted(Counter(bad.kind for _, bad in self.bad).items()):
-            print(f"  left out, {kind}: {n}")
+            print(f"  left out, {kind}: {n}", file=sys.stderr, flush=True)  # seen in the notebook and in the terminal
         if not n_kept:
             raise DataError(f"{path}: no usable row")
 
@@ -235,6 +236,8 @@ def _hh_pair(place: str, row: dict) -> dict:
 def _table_pair(row: dict, prompt_column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> dict:
     _readable(row)
     sides = [_field(row, side) for side in ("chosen", "rejected")]
+    if prompt_column is not None and prompt_column not in row:
+        raise BadRow("missing field", f"{prompt_column!r}, the prompt_column; the row has {', '.join(map(str, row))}")
     prompt = None if prompt_column is None else _field(row, prompt_column)
     if all(isinstance(side, str) for side in sides):
         if not isinstance(prompt, str | None):
@@ -244,6 +247,8 @@ def _table_pair(row: dict, prompt_column: str | None, tokenizer: PreTrainedToken
         raise BadRow("wrong type", f"chosen is a {type(sides[0]).__name__}, rejected a {type(sides[1]).__name__}")
     else:
         pair = _conversation(prompt, *sides, tokenizer)
+    turned = not all(isinstance(side, str) for side in sides) and chat_template(tokenizer)
+    pair["chat_template"] = hashlib.sha256(turned.encode()).hexdigest()[:16] if turned else ""
     pair["subset"] = pair["topic"] = str(row.get("subset") or ONE_SUBSET)
     if pair["subset"] == "all":
         raise BadRow("reserved name", "subset 'all' stands for all subsets together")
@@ -443,19 +448,33 @@ def _with_splits(rows: list[dict], path: Path, validation_share: float, seed: in
     if prompts and not 0 < held < len(prompts):
         raise DataError(f"{path}: validation_share {validation_share} of {len(prompts)} prompts leaves a split empty")
     validation = set(np.random.default_rng(seed).permutation(prompts)[:held].tolist())
-    return [{"split": "validation" if row["prompt_id"] in validation else "train"} | row for row in rows]
+    split = [{"split": "validation" if row["prompt_id"] in validation else "train"} | row for row in rows]
+    there = {row["split"] for row in split}
+    if "train" not in there or not there & {"validation", "ood"}:
+        raise DataError(f"{path}: splits are {', '.join(sorted(there))}; train, and validation or ood, are needed")
+    return split
 
 
 # ---------------------------------------------------------------- pairs that several people judged
 
 
-def pandalm_pairs(path: Path, *, validation_share: float, seed: int, on_bad_row: str = "error") -> list[dict]:
+def pandalm_pairs(
+    path: Path,
+    *,
+    validation_share: float,
+    seed: int,
+    on_bad_row: str = "error",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+) -> list[dict]:
     """Pair set of PandaLM's test set (Wang et al. 2023): two answers to an instruction, three people's verdicts.
 
-    Raises :class:`DataError` naming the bad rows.
+    The arguments are those of :func:`preference_rows`. Raises :class:`DataError` naming the bad rows.
     """
     sieve = Sieve(on_bad_row)
     rows = sieve.sift(sieve.sift(read_rows(path), _pandalm_pair), _Once())
+    if rows and tokenizer is not None and max_length is not None:
+        rows = _fitting(rows, tokenizer, max_length, sieve)
     sieve.close(len(rows), path)
     print(f"PandaLM: {len(rows)} pairs")
     renamed = {"chosen": "response_a", "rejected": "response_b", "chosen_id": "id_a", "rejected_id": "id_b"}
@@ -560,12 +579,14 @@ def _annotated_pair(place: str, row: dict) -> dict:
     _, rejected = _said(row, "rejected")
     if chosen.strip() == rejected.strip():
         raise BadRow("identical responses")
-    judge = row.get("GPT4_label", row.get("judge", -1))
+    judge = row.get("GPT4_label", row.get("judge"))
+    judge = -1 if judge is None else judge  # as on the training part
     if judge not in (-1, 0, 1):
         raise BadRow("bad label", f"{judge!r}: 1, 0, or -1 for none")
-    split = str(row.get("split") or row["file"])
+    split = str(row.get("split") or row["file"])  # the hub's files may be named train-00000-of-00002
+    known = [name for name in ("train", "validation", "valid") if split.startswith(name)]
     return {
-        "split": "validation" if split.startswith("valid") else split,
+        "split": {"valid": "validation"}.get(known[0], known[0]) if known else split,
         "prompt": asked,
         "chosen": chosen,
         "rejected": rejected,

@@ -82,7 +82,8 @@ def fit(
 
     ``record["log"]`` gains a row ``{"step", "loss"}`` a step, counted from 1; ``after_step`` may add to that row
     and to the other lists of ``record``. With ``checkpoint`` model, optimiser, random state and record are
-    saved every ``checkpoint_seconds`` and found again by a rerun, which then equals an uninterrupted run.
+    saved every ``checkpoint_seconds`` (0: at every step; else more rarely where saving is slow) and found again by
+    a rerun, which then equals an uninterrupted run.
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
@@ -97,7 +98,7 @@ def fit(
     state = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
     record = {"log": []} if record is None else record
     _resume(checkpoint, state, record)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), checkpoint_seconds
     model.train()
     for step in tqdm(range(len(record["log"]), steps), desc=progress, disable=progress is None, mininterval=5):
         batch = {name: tensor.to(machine.device) for name, tensor in collate(batches[step]).items()}
@@ -113,9 +114,10 @@ def fit(
         scheduler.step()
         record["log"].append(row)
         after_step(row)
-        if checkpoint and time.monotonic() - saved >= checkpoint_seconds:
+        if checkpoint and (started := time.monotonic()) - saved >= pause:
             _save_state(checkpoint, state, record)
             saved = time.monotonic()
+            pause = checkpoint_seconds and max(checkpoint_seconds, 20 * (saved - started))  # a twentieth of the time
     return model.eval()
 
 
@@ -131,7 +133,7 @@ def _resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
     if path is None or not path.exists():
         return
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         print(f"{path}: not readable ({error}); training starts anew", file=sys.stderr, flush=True)
         return
@@ -315,7 +317,7 @@ def forecast(todo: Sequence[RewardRun], workers: int) -> str:
         scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
         scored += 2 * run.evaluations * int(0 if run.eval_rows is None else lengths[run.eval_rows].sum())
     minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
-    about = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+    about = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(60 * minutes, 10):.0f} seconds"
     kind = "pairs" if models.is_features(todo[0].base) else "tokens"
     return (
         f"{len(todo)} reward models, {steps:,} steps, {trained:,} {kind} to train on and {scored:,} to score: "
@@ -338,6 +340,7 @@ def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
         fit(model, batches, lambda rows: pairs.collate(rows, nobody), loss_fn, run.optimisation, **note)
     finally:
         torch.set_num_threads(threads)
+        torch.cuda.empty_cache()  # for the workers
     return (times[-1] - times[1]) / sum(int(pairs.lengths[rows].sum()) for rows in batches[2:])
 
 

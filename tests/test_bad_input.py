@@ -161,13 +161,14 @@ def dialogue(chosen: object, rejected: object = None) -> dict:
     return {"chosen": chosen, "rejected": turns("Ask 9", "No") if rejected is None else rejected}
 
 
-VOTES, GOLD, IDS, SPLITS = {"votes": [1, -1]}, {"gold_chosen": 1.0, "gold_rejected": 0.5}, "pair_id", {"split": "train"}
+VOTES, GOLD = {"votes": [1, -1]}, {"gold_chosen": 1.0, "gold_rejected": 0.5}
+WITH_SPLITS = [row | {"split": "validation" if n > 2 else "train"} for n, row in enumerate(TABLE)]
 WITH_IDS = [row | {"pair_id": f"p{n}"} for n, row in enumerate(TABLE)]
 
 TABLES = [
-    table("no chosen", bad(chosen=...), "missing field 'chosen'", left_out="missing field"),
-    table("no rejected", bad(rejected=...), "missing field 'rejected'", left_out="missing field"),
-    table("no prompt", bad(prompt=...), "missing field 'prompt'", left_out="missing field"),
+    table("no chosen", bad(chosen=...), "missing field: 'chosen'", left_out="missing field"),
+    table("no rejected", bad(rejected=...), "missing field: 'rejected'", left_out="missing field"),
+    table("no prompt", bad(prompt=...), "missing field: 'prompt'", left_out="missing field"),
     table("null rejected", bad(rejected=None), "null field", "'rejected'"),
     table("null prompt in Parquet", bad(prompt=None), "null field", "'prompt'", ending=".parquet"),
     table("short row in CSV", [b"Question 9?,Good 9.\r\n"], "null field", "'rejected'", ending=".csv"),
@@ -208,13 +209,13 @@ TABLES = [
     table("an id that is a list", bad(pair_id=["p9"]), "wrong type", "pair_id is a list", good=WITH_IDS),
     table("a pair repeated", FIRST, "repeated pair", "it stands in mine.jsonl row 1"),
     table("a subset called all", bad(subset="all"), "reserved name", "subset 'all'", good=named({"subset": "tea"})),
-    table("an unknown split", bad(split="dev"), "unknown split", "'dev'; choose from train", good=named(SPLITS)),
+    table("an unknown split", bad(split="dev"), "unknown split", "'dev'; choose from train", good=WITH_SPLITS),
     table(
         "a prompt in two splits",
         bad(prompt="Question 0?", split="test"),
         "prompt in two splits",
         "train in mine.jsonl row 1, here test",
-        good=named(SPLITS),
+        good=WITH_SPLITS,
     ),
     table("dialogues that differ early", dialogue(turns("Ask 8", "Yes")), "the two dialogues differ", good=DIALOGUES,
           call=read_turns, left_out="the two dialogues differ before the last reply"),
@@ -311,19 +312,26 @@ FILES = [
     unreadable("a quote left open", put("mine.csv", 'prompt,chosen,rejected\na,"b,c\nd,e,f\n'),
                "line 3: unexpected end of data"),
     unreadable("CSV with semicolons", put("mine.csv", "prompt;chosen;rejected\na;b;c\n"),
-               "row 1: missing field 'chosen'"),
-    unreadable("UTF-16", put("mine.jsonl", '{"prompt": "Q"}'.encode("utf-16")), "row 1: not readable not"),
+               "row 1: missing field: 'chosen'"),
+    unreadable("UTF-16", put("mine.jsonl", '{"prompt": "Q"}'.encode("utf-16")), "row 1: not readable: not"),
     unreadable("no row left", put("mine.jsonl", "[1]\n{}\n"), "no usable row",
                call=lambda path: read_table(path, "drop")),
     unreadable("no words left", put("mine.jsonl", json.dumps(bad(prompt="one " * 99))), "no usable row",
                call=lambda path: read_words(path, "drop")),
     unreadable("too few prompts to hold one out", put("mine.jsonl", json.dumps(FIRST)),
                "validation_share 0.4 of 1 prompts"),
+    unreadable("no row to train on", lambda folder: write(folder / "mine.jsonl", named({"split": "ood"})),
+               "splits are ood; train, and validation or ood, are needed"),
+    unreadable("no row held out", lambda folder: write(folder / "mine.csv", named({"split": "train"})),
+               "splits are train; train, and validation or ood, are needed"),
+    unreadable("held out for the last look alone",
+               lambda folder: write(folder / "mine.parquet", [*WITH_SPLITS[:3], WITH_SPLITS[3] | {"split": "test"}]),
+               "splits are test, train; train, and validation or ood, are needed"),
     unreadable("neither error nor drop", lambda folder: Path("on_bad_row"), "'skip'; choose from error, drop",
                call=lambda path: read_table(path, "skip"), error=ValueError),
     Case("table: not UTF-8 in Parquet",
          lambda folder: not_utf8_parquet(folder, between(TABLE, [bad(prompt="caf\xe9")])), read_table,
-         ("mine.parquet row 3: not readable not UTF-8",), sources.DataError, lambda folder: not_utf8_parquet(folder,
+         ("mine.parquet row 3: not readable: not UTF-8",), sources.DataError, lambda folder: not_utf8_parquet(folder,
          TABLE),
          "not readable: 1"),
 ]  # fmt: skip
@@ -485,7 +493,7 @@ ANNOTATED = [
     voter("a score of NaN", "bad scores", "[nan, 1.0]", {"rejected_score_list": [math.nan, 1.0]}),
     voter("a score in quotes", "bad scores", "['1', 2]", {"chosen_score_list": ["1", 2]}),
     voter("an unknown label", "bad label", "2: 1, 0, or -1", {"GPT4 label": 2}),
-    voter("a null label", "bad label", "None", {"GPT4 label": None}),
+    voter("a label in words", "bad label", "'chosen': 1, 0, or -1", {"GPT4 label": "chosen"}),
     voter("no mean", "missing field", "'mean_preference_difference'", {"mean preference difference": ...}),
     voter("a spread in words", "wrong type", "= 'wide'", {"std preference difference": "wide"}),
     voter("no turns", "wrong type", "chosen = []", {"chosen": []}),
@@ -530,7 +538,16 @@ PARAMETERS = [
     parameter("YAML that is not UTF-8", b"# caf\xe9\nlr: 1.0", "cannot be read as YAML"),
     parameter("a list of keys", "- lr", "expected 'key: value' lines, got list"),
     parameter("people's data without a path", "source: hh", "needs data_path", stem="00_world_and_data"),
-    parameter("a width no multiple of its heads", "hidden_size: 7", "no multiple of heads", stem="00_world_and_data"),
+    parameter("a width no multiple of its heads", "hidden_size: 7", "hidden_size = 7 is no even multiple of heads = 2",
+              stem="00_world_and_data"),
+    parameter("heads of odd width", "hidden_size: 6", "hidden_size = 6 is no even multiple of heads = 2",
+              stem="00_world_and_data"),
+    parameter("a world from a file", "data_path: mine.jsonl", "'world' reads neither data_path",
+              stem="00_world_and_data"),
+    parameter("a world on a base model", "base_model: gpt2", "'world' reads neither data_path nor base_model",
+              stem="00_world_and_data"),
+    parameter("arguments on a base model", "source: convarg\ndata_path: xml\nbase_model: gpt2",
+              "'convarg' is read by the encoder: leave base_model empty", stem="00_world_and_data"),
     parameter("an unknown source", "source: mine", "source = 'mine'", stem="00_world_and_data"),
     parameter("an unknown way with bad rows", "on_bad_row: skip", "on_bad_row = 'skip'", stem="00_world_and_data"),
     parameter("a prompt column without a name", "prompt_column: ''", "prompt_column = ''", stem="00_world_and_data"),
@@ -816,7 +833,7 @@ def test_dropped_rows_are_counted_and_leave_the_others_as_they_are(case: Case, t
     expected = case.call(case.clean(made(tmp_path / "clean")))
     capsys.readouterr()
     kept = case.call(case.make(made(tmp_path / "bad")), "drop")
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert kept == expected
     assert told == [f"  left out, {case.left_out}"]
 

@@ -402,6 +402,19 @@ def test_samples_follow_the_models_own_distribution(writer):
     assert distance(shares, (expected.log() * 2).softmax(0)) > 0.06  # at another temperature
 
 
+def test_samples_do_not_follow_the_settings_that_a_checkpoint_brings(writer, tmp_path):
+    timid = copy.deepcopy(writer)
+    timid.generation_config.update(do_sample=True, temperature=0.01, top_p=0.1, repetition_penalty=9.0)
+    timid.save_pretrained(tmp_path)
+    loaded = models.load_language_model(tmp_path)
+    ids = torch.from_numpy(data.prompt_ids(PROMPTS[:1] * 40, tiny.tokenizer())[0])[None].repeat(40, 1)
+    torch.manual_seed(0)
+    own = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    assert len(own.unique(dim=0)) == 1, "by its own settings all samples are the likeliest one"
+    assert generate(loaded, PROMPTS[:1] * 40) == generate(writer, PROMPTS[:1] * 40)
+    assert len({tuple(sample) for sample in generate(loaded, PROMPTS[:1] * 40)}) > 20
+
+
 def test_a_prompt_is_continued_the_same_alone_and_beside_longer_ones(writer):
     sure = sharpened(writer, 1e6)  # so sharp that sampling picks the likeliest token
     together = generate(sure, PROMPTS)

@@ -98,6 +98,26 @@ def test_notebook_globals_beside_the_parameters_are_passed_over():
     assert params.check("01_preference_strength", cell("01_preference_strength") | around)
 
 
+def test_the_second_cell_may_be_run_again_amid_what_the_notebook_has_made_since():
+    values = cell("01_preference_strength")
+    p = params.check("01_preference_strength", values)
+    since = {"p": p, "run": object(), "pairs": [], "is_world": True, "_": None, "_i12": "", "_12": 3, "_oh": {}}
+    assert params.check("01_preference_strength", values | since) == p
+    assert params.check("01_preference_strength", values | since | {"n_members": 4}).n_members == 4
+    with pytest.raises(params.ParameterError, match="n_members = 1"):
+        params.check("01_preference_strength", values | since | {"n_members": 1})
+
+
+@pytest.mark.parametrize("name", ["_lr", "_", "_i1", "_oh", "_exit_code", "__name__"])
+def test_a_name_with_an_underscore_is_passed_over_only_if_ipython_makes_it(name):
+    values = cell("01_preference_strength") | {name: 3.0e-5}
+    if name != "_lr":
+        assert params.check("01_preference_strength", values)
+        return
+    with pytest.raises(params.ParameterError, match="unknown parameter '_lr'; the nearest is 'lr'"):
+        params.check("01_preference_strength", values)
+
+
 def test_a_file_that_is_no_mapping_is_named(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("- lr\n")

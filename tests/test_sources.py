@@ -291,7 +291,7 @@ def test_the_published_test_part_has_its_known_size_and_bad_rows(capsys):
     (rows 87, 517, 926, 1104), and five have dialogues that differ before it (1255, 1689, 1951, 1953, 2037)."""
     folder = needs("hh_harmless_test")
     rows = read_hh(folder, on_bad_row="drop", validation_share=0.1)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "left out, empty field: 4\n" in told and told.count("left out") == 2
     assert "left out, the two dialogues differ before the last reply: 5\n" in told
     assert Counter(row["split"] for row in rows) == {"train": 2303 - 230, "validation": 230}
@@ -438,6 +438,21 @@ def test_the_released_columns_are_read_as_they_are(tmp_path, form, spelling):
 def test_the_released_parts_can_be_read_one_by_one(tmp_path):
     folder = released(tmp_path / "set")
     assert set(sources.annotated_pairs(folder / "valid.json.gz")["split"]) == {"validation"}
+
+
+def test_a_null_verdict_on_the_training_part_is_none_at_all(tmp_path):
+    path = write(tmp_path / "train.jsonl", [scored(n, [0.5, 1.0], label) for n, label in enumerate((None, -1, 1))])
+    assert sources.annotated_pairs(path)["judge"].tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize("validation", ["validation-00000-of-00001.parquet", "valid.parquet", "validation.jsonl.gz"])
+def test_files_named_as_on_the_hub_are_read_as_their_splits(tmp_path, validation):
+    write(tmp_path / "data" / "train-00000-of-00002.parquet", [scored(0, [0.5, 1.0], -1)])
+    write(tmp_path / "data" / "train-00001-of-00002.parquet", [scored(1, [0.5, 1.0], -1)])
+    write(tmp_path / "data" / validation, [scored(2, [0.5, 1.0], 1)])
+    pairs = sources.annotated_pairs(tmp_path)
+    assert pairs["split"].tolist() == ["train", "train", "validation"]
+    assert pairs["judge"].tolist() == [-1, -1, 1]
 
 
 def test_what_the_book_exports_is_read_like_what_the_authors_released(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import os
 import re
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -216,13 +217,20 @@ def test_an_interrupted_run_before_its_first_checkpoint_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
-    """A clock that advances ten seconds a look, with one look before the loop and one more after every save."""
-    clock, saves = iter(range(0, 10**6, 10)), []
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(training, "_save_state", lambda path, state, record: saves.append(len(record["log"])))
-    toy_fit(toy_model(), checkpoint=tmp_path / "state.pt", checkpoint_seconds=50)
-    assert saves == [5, 10, 15, 20]
+@pytest.mark.parametrize(("cost", "expected"), [(0, [5, 10, 15, 20]), (2.5, [5, 10, 15, 20]), (5, [5, 15])])
+def test_checkpoints_are_as_far_apart_as_asked_or_twenty_times_what_one_costs(tmp_path, monkeypatch, cost, expected):
+    """A clock of ten seconds a step, and ``cost`` seconds a checkpoint."""
+    clock, saves = [0.0], []
+
+    def save(path, state, record) -> None:
+        saves.append(len(record["log"]))
+        clock[0] += cost
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "_save_state", save)
+    tick = {"after_step": lambda row: clock.__setitem__(0, clock[0] + 10)}
+    toy_fit(toy_model(), checkpoint=tmp_path / "state.pt", checkpoint_seconds=50, **tick)
+    assert saves == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 10, 100, 1000, -100, -1])
@@ -666,7 +674,9 @@ def test_the_key_of_a_run_on_features_follows_their_ids(pairs, tmp_path):
     base = tiny.save_features(tmp_path / "features.safetensors")
     key = runs.content_key(tiny.reward_run(pairs, base))
     features, ids = models.load_features(base)
+    later = base.stat().st_mtime_ns + 10**9  # a file of the same size may have the same time, to a clock tick
     models.save_features(features, ids[::-1], base)
+    os.utime(base, ns=(later, later))
     assert key != runs.content_key(tiny.reward_run(pairs, base))
 
 
