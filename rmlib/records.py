@@ -156,7 +156,7 @@ def forget_broken(preset: str, parameters: Mapping[str, dict] = MappingProxyType
     for record in sorted((runs.RESULTS / preset).glob("*/run.json")):
         problem = _problem(record)
         wanted = parameters.get(record.parent.name)
-        if not problem and wanted is not None and wanted != _read(record)["parameters"]:
+        if not problem and wanted is not None and wanted != _read(record).get("parameters"):
             problem = "its last run had other parameters than its file"
         if problem:
             print(f"{record.parent.name}: {problem}; it will run again", file=sys.stderr)
