@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
-
 from rmlib import params
 from rmlib.notebooks import parameters_cell
 from rmlib.records import forget_broken
@@ -22,10 +20,12 @@ CHAPTERS = {
 # A preset runs the chapters for which it has a file of parameters.
 if not os.path.isdir(f"params/{PRESET}"):
     sys.exit(f"no preset {PRESET!r} in params/; there are {', '.join(sorted(os.listdir('params')))}")
-CHAPTERS = {stem: chapter for stem, chapter in CHAPTERS.items() if os.path.exists(f"params/{PRESET}/{stem}.yaml")}
 FILES = {stem: Path(f"params/{PRESET}/{stem}.yaml") for stem in CHAPTERS}
+CHAPTERS = {stem: chapter for stem, chapter in CHAPTERS.items() if FILES[stem].exists()}
 if strays := {path.stem for path in Path(f"params/{PRESET}").glob("*.y*ml")} - set(params.CHAPTERS):
     sys.exit(f"params/{PRESET}: no chapter is named {', '.join(sorted(strays))}; there are {', '.join(params.CHAPTERS)}")
+if not CHAPTERS:
+    sys.exit(f"params/{PRESET} holds no file of parameters; chapters are {', '.join(params.CHAPTERS)}")
 
 
 def wanted(stem):
@@ -36,7 +36,8 @@ def wanted(stem):
         return None
 
 
-forget_broken(PRESET, {stem: wanted(stem) for stem in CHAPTERS})  # what broke or has changed is made again
+PARAMETERS = {stem: wanted(stem) for stem in CHAPTERS}
+forget_broken(PRESET, PARAMETERS)  # what broke or has changed is made again
 
 
 def record(stem):
@@ -45,13 +46,9 @@ def record(stem):
 
 def data_files(stem):
     """Local files that a chapter's parameters name: of a data set, or of a checkpoint."""
-    try:
-        given = yaml.safe_load(Path(f"params/{PRESET}/{stem}.yaml").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
-        return []  # the check before the run says what is wrong
-    names = [given.get(key) for key in ("data_path", "base_model", "encoder")] if isinstance(given, dict) else []
-    places = [data_folder() / name for name in names[:1] if isinstance(name, str) and name]
-    places += [Path(name) for name in names[1:] if isinstance(name, str) and name]
+    given = PARAMETERS[stem] or {}
+    places = [data_folder() / given["data_path"]] if given.get("data_path") else []
+    places += [Path(given[key]) for key in ("base_model", "encoder") if given.get(key)]
     inside = [file for place in places if place.is_dir() for file in place.rglob("*")]
     return sorted(str(file) for file in [*places, *inside] if file.is_file())
 
