@@ -15,6 +15,14 @@ CORE = [*PLACE, "models", "training", "losses", "world"]
 CHAPTERS = {
     "00_world_and_data": {"modules": CORE, "after": []},
     "01_preference_strength": {"modules": [*CORE, "voting", "claims"], "after": ["00_world_and_data"]},
+    "02_denoising": {
+        "modules": [*CORE, "voting", "denoising", "claims"],
+        "after": ["00_world_and_data", "01_preference_strength"],
+    },
+    "02b_policies": {
+        "modules": [*CORE, "ppo", "policies", "claims"],
+        "after": ["00_world_and_data", "02_denoising"],
+    },
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
 # A preset runs the chapters for which it has a file of parameters.
@@ -67,7 +75,7 @@ for stem, chapter in CHAPTERS.items():
             notebook=f"notebooks/{stem}.ipynb",
             parameters=f"params/{PRESET}/{stem}.yaml",
             modules=[f"rmlib/{name}.py" for name in chapter["modules"]],
-            language=["rmlib/world.yaml", "rmlib/paper.csv"],
+            language=["rmlib/world.yaml", "rmlib/paper.csv", "rmlib/claims.yaml"],
             people=data_files(stem),
             earlier=[record(earlier) for earlier in chapter["after"] if earlier in CHAPTERS],
         output:

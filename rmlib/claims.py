@@ -1,4 +1,4 @@
-"""Claims of the paper, each with the rule that will judge it, fixed before the run it judges.
+"""Claims of the paper, each with the rule that will judge it, fixed before the run it judges (``claims.yaml``).
 
 A rule names one metric whose sign the paper predicts. An *effect* is that metric in one seed, which redraws
 labels, ensemble and training. ``verdicts`` turns effects into *holds*, *fails* or *open*.
@@ -6,10 +6,12 @@ labels, ensemble and training. ``verdicts`` turns effects into *holds*, *fails* 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 
 from rmlib.records import COMMITTED
@@ -38,89 +40,12 @@ class Rule:
     by_construction: str = ""
 
 
-RULES: dict[str, dict[str, Rule]] = {
-    "01_preference_strength": {
-        rule.claim: rule
-        for rule in (
-            Rule(
-                "1",
-                "About a quarter of the training pairs get a mean below zero from models trained on them",
-                "Figs 1-2",
-                "share of means below zero, less 0.25",
-                margin=0.10,
-                equivalence=True,
-                by_construction="an untrained scorer puts half of the means below zero, a memorising one none",
-            ),
-            Rule(
-                "2",
-                "The spread among members is U-shaped in the mean",
-                "Figs 1-2",
-                "spread in the lower of the two end bands over the spread in the middle four of 20 bands, less 1",
-                margin=0.05,
-                by_construction="members that differ only in the scale of their rewards give a V as well",
-            ),
-            Rule(
-                "3",
-                "The share of right labels rises with the mean",
-                "Fig 3",
-                "smallest rise from one fifth of the means to the next, on validation pairs as in the paper",
-                margin=0.01,
-            ),
-            Rule(
-                "4",
-                "Trained on the weakest two tenths alone, a reward model is worse than chance",
-                "Fig 4",
-                "0.5 less the validation accuracy of tenths 1-2",
-                margin=0.01,
-            ),
-            Rule(
-                "5",
-                "Trained on tenths 3-4 alone, it is at chance",
-                "Fig 4",
-                "validation accuracy of tenths 3-4, less 0.5",
-                margin=0.07,
-                equivalence=True,
-            ),
-            Rule(
-                "6",
-                "Tenths 6-9 are the best to train on, the strongest tenth is not",
-                "Fig 4",
-                "validation accuracy of tenths 6-9, less that of tenth 10",
-                margin=0.01,
-            ),
-            Rule(
-                "7",
-                "With their labels flipped, the weakest two tenths become useful",
-                "Fig 5",
-                "validation accuracy of flipped tenths 1-2, less 0.5",
-                margin=0.01,
-                by_construction="flipping every label of a slice negates the function learned: follows from claim 4",
-            ),
-            Rule(
-                "22",
-                "Over the epochs rewards inflate faster than they separate",
-                "Fig 20",
-                "log growth of the margins' standard deviation less that of their mean, first to last epoch, "
-                "on validation pairs",
-                margin=0.05,
-            ),
-            Rule(
-                "23a",
-                "Growing from the weakest end, much good data is needed to overcome the bad",
-                "Fig 21",
-                "validation accuracy of a random quarter, less that of the weakest three quarters",
-                margin=0.01,
-            ),
-            Rule(
-                "23b",
-                "Without the weakest pairs, accuracy does not decay over the epochs",
-                "Fig 22",
-                "fall of validation accuracy from first to last epoch on a random half, less that on the strongest",
-                margin=0.01,
-            ),
-        )
-    }
-}
+def _read_rules() -> dict[str, dict[str, Rule]]:
+    chapters = yaml.safe_load(files("rmlib").joinpath("claims.yaml").read_text(encoding="utf-8"))
+    return {stem: {claim: Rule(claim, **rule) for claim, rule in rules.items()} for stem, rules in chapters.items()}
+
+
+RULES = _read_rules()
 
 
 # ---------------------------------------------------------------- evidence
@@ -148,6 +73,11 @@ class Evidence:
         """Whether every effect and every draw is a finite number."""
         return all(np.isfinite(values).all() for values in (self.effects, self.draws) if values is not None)
 
+    @property
+    def _spread(self) -> float:
+        """Standard deviation over seeds; 0, from which nothing follows, for one seed or for seeds that agree."""
+        return float(np.std(self.effects, ddof=1)) if len(self.effects) > 1 else 0.0
+
     def interval(self, level: float) -> tuple[float, float]:
         """Two-sided interval: Student's t over seeds, or percentiles of the draws; NaN for an unknown effect."""
         if not self.known:
@@ -155,7 +85,7 @@ class Evidence:
         if self.draws is not None:
             low, high = np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2])
             return float(low), float(high)
-        if len(self.effects) < 2:
+        if not self._spread:
             return -np.inf, np.inf
         half = stats.t.ppf((1 + level) / 2, len(self.effects) - 1) * stats.sem(self.effects)
         return self.estimate - half, self.estimate + half
@@ -176,21 +106,17 @@ class Evidence:
         if self.draws is not None:
             beyond = np.mean(self.draws <= bound) if below else np.mean(self.draws >= bound)
             return float(min(1.0, 2 * max(beyond, 1 / len(self.draws))))
-        if len(self.effects) < 2:
+        if not self._spread:
             return 1.0
         away = (self.estimate - bound) * (1 if below else -1)
-        error = stats.sem(self.effects)
-        if error == 0:
-            return float(away <= 0)
-        return float(min(1.0, 2 * stats.t.sf(away / error, len(self.effects) - 1)))
+        return float(min(1.0, 2 * stats.t.sf(away / stats.sem(self.effects), len(self.effects) - 1)))
 
     def seeds_needed(self, distance: float, level: float) -> float:
         """Seeds at which the interval's half width falls below ``distance``, from today's spread; NaN if unknown."""
-        if self.draws is not None or len(self.effects) < 2 or not distance > 0:
+        if self.draws is not None or not self._spread or not distance > 0:
             return np.nan
-        spread = np.std(self.effects, ddof=1)
         for n in range(2, 1000):
-            if stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n) < distance:
+            if stats.t.ppf((1 + level) / 2, n - 1) * self._spread / np.sqrt(n) < distance:
                 return float(n)
         return np.inf
 
@@ -245,6 +171,8 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
                 "says": rule.says,
                 "source": rule.source,
                 "effect": rule.effect,
+                "margin": rule.margin,
+                "equivalence": rule.equivalence,
                 "estimate": item.estimate,
                 "low": low,
                 "high": high,

@@ -144,8 +144,8 @@ class CausalPairs:
             "input_ids": ids,
             "position_ids": torch.where(in_second, at - middle + prompt, at),
             "attention_mask": ((at[:, :, None] >= at[:, None, :]) & ~hidden)[:, None],
-            "row": torch.arange(len(rows)).repeat(2),
-            "last": torch.cat([middle, end])[:, 0] - 1,
+            "at": torch.cat([middle, end], dim=1) - 1,
+            "imitated": (at >= prompt) & ~in_second,
         }
 
 
@@ -256,6 +256,42 @@ def feature_pairs(preferences: Dataset, features: Tensor, ids: list[str]) -> Fea
     place = {name: i for i, name in enumerate(ids)}
     chosen, rejected = ([place[name] for name in preferences[f"{side}_id"]] for side in ("chosen", "rejected"))
     return FeaturePairs(features, np.array(chosen), np.array(rejected))
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Token ids of prompts and sampled responses, for policies and their critics."""
+
+    prompt: list[np.ndarray]
+    response: list[np.ndarray]
+    pad_id: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt and response together, shape (responses,)."""
+        return np.array([len(p) + len(r) for p, r in zip(self.prompt, self.response, strict=True)])
+
+    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Right-padded texts of ``rows``, ``response_ids`` and their ``mask`` (rows, tokens).
+
+        ``at`` is the position before each response token, from which it is foretold; ``end`` (rows, 1) the last one.
+        """
+        texts = [torch.from_numpy(np.concatenate([self.prompt[i], self.response[i]])) for i in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
+        said = pad_sequence([torch.from_numpy(self.response[i]) for i in rows], batch_first=True)
+        start = torch.tensor([len(self.prompt[i]) for i in rows])[:, None]
+        end = torch.tensor([len(text) for text in texts])[:, None] - 1
+        before = start - 1 + torch.arange(said.shape[1])[None]
+        length = ids.shape[1]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), 1, -1, -1),
+            "position_ids": torch.arange(length).expand(len(rows), -1),
+            "response_ids": said,
+            "mask": before < end,
+            "at": before.clamp(max=end),
+            "end": end,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How figures look and where they go: one style, one palette, intervals over seeds, the paper beside ours."""
 
+import textwrap
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -65,6 +66,30 @@ def dots(ax: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **
     mean, low, high = over_seeds(values)
     bars = np.stack([mean - low, high - mean])
     ax.errorbar(x, mean, yerr=bars, label=label, color=color, **{"fmt": "o", "markersize": 4, "capsize": 2} | kwargs)
+
+
+def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:
+    """Draw a chapter's verdicts: every effect with its interval, in units of its rule's margin."""
+    unit = verdicts["margin"].to_numpy()
+    center, low, high = (verdicts[column].to_numpy() / unit for column in ("estimate", "low", "high"))
+    place = np.arange(len(verdicts))
+    labels = [textwrap.fill(f"{row.claim}: {row.says}", 52) for row in verdicts.itertuples()]
+    figure, ax = plt.subplots(figsize=(9, 0.42 * len(verdicts) + 0.6))
+    ax.axvspan(-1, 1, color="lightgrey", alpha=0.5, label="makes no difference")
+    for decision, color in (("holds", PALETTE[0]), ("fails", PALETTE[1]), ("open", "black")):
+        part = (verdicts["verdict"] == decision).to_numpy()
+        bars = np.stack([(center - low)[part], (high - center)[part]])
+        bars = np.where(np.isfinite(bars), bars, 0)  # one seed has no interval
+        ax.errorbar(center[part], place[part], xerr=bars, fmt="o", color=color, capsize=2, label=decision)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(yticks=place, yticklabels=labels, xscale="symlog")
+    ax.xaxis.set_major_formatter("{x:g}")
+    equal = ", ".join(verdicts["claim"][verdicts["equivalence"]])
+    ax.set_xlabel("effect / margin (right: as the paper says" + f"; {equal}: inside the grey" * bool(equal) + ")")
+    ax.tick_params(axis="y", labelsize=7.5)
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(run, figure, name, verdicts)
 
 
 def summary(values: np.ndarray, **columns: object) -> pd.DataFrame:

@@ -232,57 +232,70 @@ class FrozenRewardModel(nn.Module):
         return self.score(self.dropout(torch.relu(self.hidden(self.dropout(features)))))[:, 0]
 
 
-def last_token_features(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Last-layer hidden state of a causal model at each response's last real token, shape (responses, hidden).
+def states_at(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Last-layer hidden states of a causal model at the positions ``batch["at"]``, shape (rows, positions, hidden).
 
-    For the Llama family the last layer runs at the scored tokens only, with the same result.
+    For the Llama family the last layer runs at these positions only, with the same result.
     """
-    trunk, mask, positions = model.base_model, batch["attention_mask"], batch["position_ids"]
+    trunk, at = model.base_model, batch["at"]
+    row = torch.arange(len(at), device=at.device)[:, None]
     if model.config.model_type not in ("llama", "mistral", "qwen2"):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        return trunk(**inputs, use_cache=False).last_hidden_state[batch["row"], batch["last"]]
+        return all_states(model, batch)[row, at]
+    mask, positions = batch["attention_mask"], batch["position_ids"]
     hidden = trunk.embed_tokens(batch["input_ids"])
     rotary = trunk.rotary_emb(hidden, positions)
     for layer in trunk.layers[:-1]:
         hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-    return trunk.norm(_layer_at(trunk.layers[-1], hidden, rotary, mask, batch["row"], batch["last"]))
+    return trunk.norm(_layer_at(trunk.layers[-1], hidden, rotary, mask, row, at))
+
+
+def all_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Last-layer hidden states of a causal model at every position, shape (rows, length, hidden)."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def _layer_at(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, row: Tensor, at: Tensor):
-    """One decoder layer, evaluated at position ``at[i]`` of row ``row[i]`` alone; shape (len(at), hidden)."""
+    """One decoder layer, evaluated at the positions ``at`` (rows, positions) alone; shape (rows, positions, hidden)."""
     attention, (cos, sin) = layer.self_attn, rotary
-    batch, queries = hidden.shape[0], len(at) // hidden.shape[0]
     normed = layer.input_layernorm(hidden)
 
-    def by_row(values: Tensor) -> Tensor:  # (responses, ...) -> (rows, responses a row, ...)
-        return values.view(queries, batch, *values.shape[1:]).transpose(0, 1)
-
     def heads(projected: Tensor) -> Tensor:
-        return projected.view(batch, -1, projected.shape[-1] // attention.head_dim, attention.head_dim).transpose(1, 2)
+        return projected.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
 
-    q = heads(attention.q_proj(by_row(normed[row, at])))
+    q = heads(attention.q_proj(normed[row, at]))
     k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
-    q, _ = apply_rotary_pos_emb(q, q, by_row(cos[row, at]), by_row(sin[row, at]))
+    q, _ = apply_rotary_pos_emb(q, q, cos[row, at], sin[row, at])
     k, _ = apply_rotary_pos_emb(k, k, cos, sin)
     seen = nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=by_row(mask[row, 0, at])[:, None],
+        attn_mask=mask[row, 0, at][:, None],
         dropout_p=attention.attention_dropout if layer.training else 0.0,
         enable_gqa=k.shape[1] != q.shape[1],
     )
-    out = attention.o_proj(seen.transpose(1, 2).reshape(batch, queries, -1))
-    out = hidden[row, at] + out.transpose(0, 1).reshape(len(at), -1)
+    out = hidden[row, at] + attention.o_proj(seen.transpose(1, 2).flatten(2))
     return out + layer.mlp(layer.post_attention_layernorm(out))
+
+
+def imitation_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Next-token logits of a reward model's trunk through its input embeddings, shape (rows, length, vocabulary).
+
+    The language-model head of Part I's imitation term. Raises ``ValueError`` for a model without one: an encoder,
+    cached features, or a causal model whose output embeddings are not its input embeddings.
+    """
+    if "at" not in batch or not model.config.get_text_config().tie_word_embeddings:
+        raise ValueError("the imitation term needs a causal model whose input and output embeddings are tied")
+    return all_states(model, batch) @ model.base_model.get_input_embeddings().weight.T
 
 
 def rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Rewards of all responses in a batch, shape (responses,), fp32; which kind of batch decides how."""
     if "features" in batch:
         return model(batch["features"])
-    if "last" in batch:
-        return model.score(last_token_features(model, batch))[:, 0].float()
+    if "at" in batch:
+        return model.score(states_at(model, batch))[..., 0].float().T.flatten()
     return model(**batch).logits[:, 0].float()
 
 
@@ -294,9 +307,18 @@ def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: list[np.ndarray], *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int
+    model: nn.Module,
+    prompts: list[np.ndarray],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """One sampled response (token ids without the end token) for each prompt, at temperature 1 and no top-p."""
+    """One sampled response (token ids without the end token) for each prompt; unless told so, from the model itself."""
     torch.manual_seed(seed)
     width = max(len(ids) for ids in prompts)
     ids = torch.full((len(prompts), width), pad_id)
@@ -305,9 +327,8 @@ def generate(
         ids[i, width - len(tokens) :] = torch.from_numpy(tokens)
         mask[i, width - len(tokens) :] = 1
     plain = {"max_new_tokens": max_new_tokens, "do_sample": True, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        **plain, eos_token_id=eos_id, pad_token_id=pad_id
-    )  # not the checkpoint's
+    plain |= {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    model.generation_config = GenerationConfig(**plain, eos_token_id=eos_id, pad_token_id=pad_id)  # not its own
     sampled = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in sampled]
 

@@ -20,6 +20,8 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+Schedule = Literal["linear", "inverse_sqrt", "constant"]
 Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Name = Annotated[str, Field(min_length=1)]
 Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
@@ -111,7 +113,7 @@ class PreferenceStrength(Parameters):
     vary_head: bool
     lr: Positive
     batch_size: Count
-    schedule: Literal["linear", "inverse_sqrt", "constant"]
+    schedule: Schedule
     warmup_ratio: ShareOrZero
     dropout: ShareOrZero
     max_length: Count
@@ -132,10 +134,83 @@ class PreferenceStrength(Parameters):
     workers: CountOrZero
 
 
+class Denoising(Parameters):
+    """Chapter 02."""
+
+    lr: Positive
+    batch_size: Count
+    schedule: Schedule
+    warmup_ratio: ShareOrZero
+    dropout: ShareOrZero
+    max_length: Count
+    epochs: Annotated[int, Field(ge=2)]
+    snapshots_per_epoch: Count
+    alpha: Smoothing
+    flip_shares: Annotated[list[Share], Field(min_length=1)]
+    alphas: list[Smoothing]
+    margin_scales: list[Positive]
+    self_smoothing: Share
+    lm_coef: Annotated[float, Field(ge=0)]
+    band_epochs: Count
+    band_snapshots: Count
+    n_train_scored: Count
+    n_sweep_seeds: Count
+    n_policy_seeds: Count
+    strength: str
+    n_bootstrap: CountOrZero
+    workers: CountOrZero
+
+
+class Policies(Parameters):
+    """Chapter 02b."""
+
+    steps: Annotated[int, Field(ge=5)]
+    lr: Positive
+    critic_lr: Positive
+    batch_size: Count
+    rollouts_per_prompt: Count
+    num_ppo_epochs: Count
+    num_mini_batches: Count
+    warmup_steps: CountOrZero
+    max_new_tokens: Count
+    temperature: Positive
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    repetition_penalty: Positive
+    kl_coef: Positive
+    kl_estimator: Literal["k1", "k3"]
+    max_kl: Positive | None
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Annotated[float, Field(ge=0, le=1)]
+    cliprange: Positive | None
+    cliprange_value: Positive | None
+    vf_coef: Positive
+    entropy_coef: Annotated[float, Field(ge=0)]
+    whiten_advantages: bool
+    advantage_clip: Positive | None
+    reward_norm: bool
+    reward_scaling: bool
+    reward_clip: Positive | None
+    missing_eos_penalty: Annotated[float, Field(ge=0)]
+    variants: bool
+    n_asked: Count
+    best_of: Annotated[int, Field(ge=2)]
+    workers: CountOrZero
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.reward_norm and self.reward_scaling:
+            raise ValueError("reward_norm and reward_scaling exclude one another")
+        if self.num_mini_batches > self.batch_size * self.rollouts_per_prompt:
+            raise ValueError(f"num_mini_batches = {self.num_mini_batches} exceeds the responses of a step")
+        return self
+
+
 CHAPTERS: dict[str, type[BaseModel]] = {
     "00_world_and_data": WorldAndData,
     "01_preference_strength": PreferenceStrength,
     "01b_annotated_sets": AnnotatedSets,
+    "02_denoising": Denoising,
+    "02b_policies": Policies,
 }
 
 

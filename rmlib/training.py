@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ def fit(
     optimiser, scheduler = machine.prepare(optimiser, scheduler)
     state = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
     record = {"log": []} if record is None else record
-    _resume(checkpoint, state, record)
+    resume(checkpoint, state, record)
     saved, pause = time.monotonic(), checkpoint_seconds
     model.train()
     for step in tqdm(range(len(record["log"]), steps), desc=progress, disable=progress is None, mininterval=5):
@@ -115,20 +115,21 @@ def fit(
         record["log"].append(row)
         after_step(row)
         if checkpoint and (started := time.monotonic()) - saved >= pause:
-            _save_state(checkpoint, state, record)
+            save_state(checkpoint, state, record)
             saved = time.monotonic()
             pause = checkpoint_seconds and max(checkpoint_seconds, 20 * (saved - started))  # a twentieth of the time
     return model.eval()
 
 
-def _save_state(path: Path, state: dict, record: dict[str, list]) -> None:
+def save_state(path: Path, state: dict, record: dict[str, list]) -> None:
+    """Write the states of ``state``'s parts, the random state and ``record`` to ``path``, atomically."""
     with runs.atomic(path) as temporary:
         saved = {name: part.state_dict() for name, part in state.items()}
         rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
         torch.save(saved | rng | {"record": record}, temporary)
 
 
-def _resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
+def resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
     """Bring ``state`` and ``record`` to where the checkpoint left them; one that cannot be read is told and passed."""
     if path is None or not path.exists():
         return
@@ -183,6 +184,12 @@ class RewardRun:
     lasts ``epochs``, or ``steps`` if given (more passes are made as needed). The pairs of ``score_rows`` are
     scored at the end, and at ``snapshots`` equal intervals before; a log is kept on ``eval_rows`` at
     ``evaluations`` equal intervals. ``dropout_passes`` > 0 adds that many scorings with dropout on.
+
+    The treatments of :func:`rmlib.losses.pairwise_loss`: ``label_smoothing``, ``flip_rate``, and ``margin`` and
+    ``target`` with one value for every pair of the set. ``self_smoothing`` moves each pair's target that share of
+    the way to the model's own prediction after every epoch (iterative data smoothing, arXiv 2401.16335).
+    ``lm_coef`` adds the imitation of the chosen response (Part I Eq 2). Raises ``ValueError`` naming the first row
+    with a margin or target out of range, and for treatments that exclude one another.
     """
 
     name: str
@@ -196,14 +203,34 @@ class RewardRun:
     epochs: float = 1.0
     steps: int | None = None
     flipped: np.ndarray | None = None
-    dropout: float = 0.0
+    margin: np.ndarray | None = None
+    target: np.ndarray | None = None
     label_smoothing: float = 0.0
+    flip_rate: float = 0.0
+    self_smoothing: float = 0.0
+    lm_coef: float = 0.0
+    dropout: float = 0.0
     max_length: int = 256
     eval_rows: np.ndarray | None = None
     evaluations: int = 0
     snapshots: int = 1
     dropout_passes: int = 0
     keep_model: bool = False
+
+    def __post_init__(self):
+        rates = {"label_smoothing": 0.5, "flip_rate": 0.5, "self_smoothing": 1.0, "lm_coef": math.inf}
+        for name, bound in rates.items():
+            if not 0.0 <= getattr(self, name) < bound:
+                raise ValueError(f"{self.name}: {name} must lie in [0, {bound:g}), got {getattr(self, name)}")
+        given = [name for name in ("label_smoothing", "flip_rate", "self_smoothing") if getattr(self, name)]
+        if len(given := given + ["target"] * (self.target is not None)) > 1:
+            raise ValueError(f"{self.name}: {' and '.join(given)} exclude one another")
+        for name, low, high in (("margin", -math.inf, math.inf), ("target", 0.0, 1.0)):
+            if (values := getattr(self, name)) is not None:
+                good = np.isfinite(values[self.rows]) & (values[self.rows] >= low) & (values[self.rows] <= high)
+                if not good.all():
+                    row = self.rows[np.argmin(good)]
+                    raise ValueError(f"{self.name}: the {name} of row {row} is {values[row]}")
 
 
 REWARD_RUN_CODE = ("losses", "models", "data", "training")
@@ -266,14 +293,19 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     seen_rows = np.random.default_rng(0).permutation(run.rows)[
         : len(run.rows if run.eval_rows is None else run.eval_rows)
     ]
-    record: dict[str, list] = {"log": [], "scores": []}
-
-    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return losses.pairwise_loss(*models.pair_rewards(model, batch), label_smoothing=run.label_smoothing)
+    treatment = _treatment(run, len(pair_id))
+    record: dict[str, list] = {"log": [], "scores": [], "treatment": [treatment]}
+    epoch_steps = math.ceil(len(run.rows) / run.optimisation.batch_size)
 
     def score(snapshot: int, dropout: bool = False) -> None:
         rewards = score_pairs(model, pairs, run.score_rows, dropout=dropout)
         record["scores"].append({"snapshot": snapshot} | {side: torch.from_numpy(r) for side, r in rewards.items()})
+
+    def smooth() -> None:
+        rewards = score_pairs(model, pairs, run.rows, flipped=flipped)
+        believed = torch.from_numpy(rewards["reward_chosen"] - rewards["reward_rejected"]).sigmoid()
+        target = record["treatment"][0]["target"]
+        target[run.rows] = torch.lerp(target[run.rows], believed, run.self_smoothing)
 
     def after_step(row: dict) -> None:
         if row["step"] in evaluated_at:
@@ -281,12 +313,14 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
             row |= _evaluate(model, pairs, seen_rows, flipped, "train_")
         if row["step"] in scored_at:
             score(scored_at[row["step"]])
+        if run.self_smoothing and row["step"] % epoch_steps == 0:
+            smooth()
 
     def collate(rows: np.ndarray) -> dict[str, Tensor]:
-        return pairs.collate(rows, flipped)
+        return pairs.collate(rows, flipped) | {name: values[rows] for name, values in record["treatment"][0].items()}
 
     keep = {"record": record, "after_step": after_step, "checkpoint": checkpoint}
-    fit(model, batches, collate, loss_fn, run.optimisation, **keep)
+    fit(model, batches, collate, partial(_reward_loss, run), run.optimisation, **keep)
     torch.manual_seed(run.data_seed)
     for k in range(run.dropout_passes):
         score(1000 + k, dropout=True)
@@ -301,6 +335,23 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     runs.write_table(pd.DataFrame(record["log"]), folder / "log.parquet")
     if run.keep_model:
         models.save_reward_model(model, folder / "model")
+
+
+def _treatment(run: RewardRun, n_pairs: int) -> dict[str, Tensor]:
+    """What ``run`` says of single pairs: their margins and targets, each of shape (pairs,)."""
+    given = {"margin": run.margin, "target": np.ones(n_pairs) if run.self_smoothing else run.target}
+    return {name: torch.tensor(values).float() for name, values in given.items() if values is not None}
+
+
+def _reward_loss(run: RewardRun, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Ranking loss of a batch under the treatments of ``run``, and its imitation term."""
+    treatment = {name: batch.pop(name) for name in ("margin", "target") if name in batch}
+    rates = {"label_smoothing": run.label_smoothing, "flip_rate": run.flip_rate}
+    loss = losses.pairwise_loss(*models.pair_rewards(model, batch), **treatment, **rates)
+    if run.lm_coef:
+        logits, said = models.imitation_logits(model, batch), batch["imitated"]
+        loss = loss + run.lm_coef * losses.lm_loss(logits[:, :-1], batch["input_ids"][:, 1:], said[:, 1:])
+    return loss
 
 
 def forecast(todo: Sequence[RewardRun], workers: int) -> str:

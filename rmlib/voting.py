@@ -103,11 +103,11 @@ def strength(margins: np.ndarray, pair_ids: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({"pair_id": list(pair_ids), "mean": np.nanmean(margins, 0), "std": np.nanstd(margins, 0)})
 
 
-def read_strength(path: Path, pair_ids: Sequence[str]) -> pd.DataFrame:
-    """The strength table in a Parquet or CSV file, in the order of ``pair_ids``.
+def read_strength(path: Path, pair_ids: Sequence[str], seed: int | None = None) -> pd.DataFrame:
+    """The strength table in a Parquet or CSV file, in the order of ``pair_ids``; of ``seed``, if it tells seeds apart.
 
     Raises ``ValueError`` naming the file and the column, row or pair that is wrong: it must hold ``pair_id, mean,
-    std``, each pair once, finite means, spreads of at least zero, and every pair asked for.
+    std``, each pair once, finite means, spreads of at least zero, and every pair asked for. Other columns stay.
     """
     try:
         if path.is_dir():
@@ -123,6 +123,8 @@ def read_strength(path: Path, pair_ids: Sequence[str]) -> pd.DataFrame:
     if table["pair_id"].isna().any():
         raise ValueError(f"{path}: row {int(np.argmax(table['pair_id'].isna())) + 1} has no pair_id")
     table["pair_id"] = table["pair_id"].astype(str)
+    if seed is not None and "seed" in table:
+        table = table[table["seed"] == seed]
     twice = table["pair_id"][table["pair_id"].duplicated()]
     unknown = sorted(set(pair_ids) - set(table["pair_id"]))
     for column in ("mean", "std"):
@@ -136,7 +138,7 @@ def read_strength(path: Path, pair_ids: Sequence[str]) -> pd.DataFrame:
     ):
         if pairs:
             raise ValueError(f"{path}: {len(pairs)} pairs {problem}, the first is {pairs[0]!r}")
-    return table.set_index("pair_id").loc[list(pair_ids), ["mean", "std"]].reset_index()
+    return table.set_index("pair_id").loc[list(pair_ids)].reset_index()
 
 
 def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -145,29 +147,7 @@ def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Ge
     return [margins[pick].mean(axis=0) for pick in picks]
 
 
-# ---------------------------------------------------------------- what follows from strength
-
-
 def slices(mean: np.ndarray, n: int) -> list[np.ndarray]:
     """Positions of the pairs in each of ``n`` equal slices of strength, weakest first (Fig 4)."""
     band = bands(mean, n)
     return [np.flatnonzero(band == k) for k in range(n)]
-
-
-def weakest(mean: np.ndarray, share: float | None = None) -> np.ndarray:
-    """Positions of the pairs to flip: the weakest ``share``, or every mean below zero (section 2.4).
-
-    Raises ``ValueError`` for a share outside [0, 1).
-    """
-    if share is None:
-        return np.flatnonzero(mean < 0)
-    if not 0 <= share < 1:
-        raise ValueError(f"the share to flip must lie in [0, 1), got {share}")
-    return np.sort(np.argsort(mean, kind="stable")[: round(share * len(mean))])
-
-
-def adaptive_margin(mean: np.ndarray, flipped: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Margin of each pair (Eq 6): its raw signed mean, turned on flipped pairs (positions), times ``scale``."""
-    signed = mean.copy()
-    signed[flipped] *= -1
-    return scale * signed

@@ -1,0 +1,142 @@
+r"""Policies trained on reward models, and what they are worth: units of work, judged comparisons, over-optimisation.
+
+A policy's distance from the SFT model is $d = \sqrt{\mathrm{KL}}$ in nats a response (Gao et al., arXiv 2210.10760).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import gammaln
+from torch import nn
+
+from rmlib import data, models, ppo, runs, training, world
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """One policy: it starts as ``policy``, and is paid by ``reward_model`` for its answers to ``prompts``.
+
+    Rewards are (reward - ``reward_mean``) / ``reward_std``. In the end it answers the prompts ``asked``. ``has_gold``
+    says that the prompts are of the miniature world, so that the true reward can be noted beside.
+    """
+
+    name: str
+    policy: Path
+    reward_model: Path
+    prompts: tuple[str, ...]
+    asked: tuple[str, ...]
+    settings: ppo.Settings
+    seed: int
+    reward_mean: float = 0.0
+    reward_std: float = 1.0
+    has_gold: bool = False
+
+
+POLICY_RUN_CODE = ("ppo", "policies", "models", "data", "training", "losses", "world")
+
+
+def gold_of_texts(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """True reward of each response in the miniature world."""
+    return [world.gold_reward(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def critic_of(reward_model: nn.Module, mean: float = 0.0, std: float = 1.0) -> nn.Module:
+    """``reward_model`` as a critic (in place): its head gives (reward - ``mean``) / ``std`` and may learn a bias."""
+    head = reward_model.score
+    reward_model.score = nn.Linear(head.in_features, 1)
+    with torch.no_grad():
+        reward_model.score.weight.copy_(head.weight / std)
+        reward_model.score.bias.fill_(-mean / std)
+    return reward_model
+
+
+def answer(policy: nn.Module, tokenizer, prompts: Sequence[str], *, seed: int, batch_size: int = 64, **sampling):
+    """One sampled response to each prompt, as texts; ``sampling`` as in :func:`rmlib.models.generate`."""
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    ids, said = data.prompt_ids(list(prompts), tokenizer), [""] * len(prompts)
+    for k, rows in enumerate(data.score_batches(np.array([len(p) for p in ids]), np.arange(len(ids)), batch_size)):
+        texts = models.generate(policy, [ids[i] for i in rows], **sampling, **ends, seed=seed + k)
+        for row, text in zip(rows, tokenizer.batch_decode(texts, skip_special_tokens=True), strict=True):
+            said[row] = text
+    return said
+
+
+def train_policy_run(run: PolicyRun, folder: Path, checkpoint: Path | None = None) -> None:
+    """Train one policy; write ``log.parquet``, ``samples.parquet``, ``answers.parquet`` and ``model`` to ``folder``."""
+    tokenizer, policy = models.load_tokenizer(run.policy), models.load_language_model(run.policy)
+    judge, critic = (models.load_reward_model(run.reward_model) for _ in range(2))
+    scale = {"mean": run.reward_mean, "std": run.reward_std}
+    reward_fn = ppo.reward_of_texts(judge.to(training.accelerator().device), tokenizer, **scale)
+    record = ppo.train_policy(
+        policy,
+        critic_of(critic, **scale),
+        tokenizer,
+        list(run.prompts),
+        reward_fn,
+        run.settings,
+        seed=run.seed,
+        gold_fn=gold_of_texts if run.has_gold else None,
+        checkpoint=checkpoint,
+    )
+    said = answer(policy, tokenizer, run.asked, seed=run.seed, **run.settings.sampling)
+    answers = pd.DataFrame({"prompt": run.asked, "response": said, "reward": reward_fn(list(run.asked), said)})
+    if run.has_gold:
+        answers["gold"] = gold_of_texts(run.asked, said)
+    for name, table in (("answers", answers), *((part, pd.DataFrame(record[part])) for part in ("log", "samples"))):
+        runs.write_table(table, folder / f"{name}.parquet")
+    policy.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+# ---------------------------------------------------------------- what they are worth
+
+
+def win_tie_lose(judge: world.Judge, gold: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Shares of prompts on which ``gold`` wins, ties and loses against ``other`` (paper Fig 10)."""
+    verdict = judge.compare(gold, other)
+    return {name: float(np.mean(verdict == sign)) for name, sign in (("win", 1), ("tie", 0), ("lose", -1))}
+
+
+def best_of(proxy: np.ndarray, gold: np.ndarray, k: int) -> float:
+    """Expected gold of the response that ``proxy`` likes best among ``k`` of the n drawn, both (prompts, n).
+
+    Exact over all subsets of size ``k``. Raises ``ValueError`` for a ``k`` outside 1 to n.
+    """
+    n = proxy.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"best of {k} among {n} responses")
+    rank = np.arange(n)  # weight of rank i: subsets whose best it is, C(i, k-1) / C(n, k)
+
+    def log_choose(n, k):
+        return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+
+    weight = np.where(rank >= k - 1, np.exp(log_choose(np.maximum(rank, k - 1), k - 1) - log_choose(n, k)), 0.0)
+    ordered = np.take_along_axis(gold, np.argsort(proxy, axis=1, kind="stable"), axis=1)
+    return float((ordered @ weight).mean())
+
+
+def best_of_kl(k: int) -> float:
+    """KL of best-of-``k`` sampling to the sampled policy, log k - (k - 1) / k nats (an upper bound with ties)."""
+    return float(np.log(k) - (k - 1) / k)
+
+
+def over_optimisation(distance: np.ndarray, gain: np.ndarray, kind: str) -> tuple[float, float]:
+    r"""Least-squares $\alpha, \beta$ of Gao et al.'s form of the gold gain at distance $d > 0$.
+
+    ``"rl"``: $d(\alpha - \beta \log d)$; ``"best_of_n"``: $d(\alpha - \beta d)$.
+    """
+    if kind not in ("rl", "best_of_n"):
+        raise ValueError(f"unknown kind {kind!r}; choose from rl, best_of_n")
+    second = -distance * (np.log(distance) if kind == "rl" else distance)
+    alpha, beta = np.linalg.lstsq(np.stack([distance, second], axis=1), gain, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def at_kl(kl: np.ndarray, values: np.ndarray, level: float) -> float:
+    """``values`` along a training run where its KL, made monotone, first reaches ``level``; NaN if never."""
+    reached = np.maximum.accumulate(kl)
+    return float(np.interp(level, reached, values)) if reached[0] <= level <= reached[-1] else float("nan")
