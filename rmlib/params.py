@@ -70,6 +70,7 @@ class WorldAndData(Parameters):
     temperature: Positive
     careless_rate: Annotated[float, Field(ge=0, le=0.5)]
     length_bias: float
+    labels_biased: bool
     judge_noise: Annotated[float, Field(ge=0)]
     hidden_size: Count
     layers: Count
