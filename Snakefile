@@ -14,7 +14,7 @@ PLACE = ["__init__", "runs", "records", "params", "figures", "evaluation", "data
 CORE = [*PLACE, "models", "training", "losses", "world"]
 CHAPTERS = {
     "00_world_and_data": {"modules": CORE, "after": []},
-    "01_preference_strength": {"modules": [*CORE, "voting", "claims"], "after": ["00_world_and_data"]},
+    "01_preference_strength": {"modules": [*CORE, "voting", "denoising", "claims"], "after": ["00_world_and_data"]},
     "02_denoising": {
         "modules": [*CORE, "voting", "denoising", "claims"],
         "after": ["00_world_and_data", "01_preference_strength"],

@@ -76,7 +76,8 @@ class Evidence:
     @property
     def _spread(self) -> float:
         """Standard deviation over seeds; 0, from which nothing follows, for one seed or for seeds that agree."""
-        return float(np.std(self.effects, ddof=1)) if len(self.effects) > 1 else 0.0
+        spread = float(np.std(self.effects, ddof=1)) if len(self.effects) > 1 else 0.0
+        return spread if spread > 1e-12 * max(1.0, abs(self.estimate)) else 0.0  # less is rounding
 
     def interval(self, level: float) -> tuple[float, float]:
         """Two-sided interval: Student's t over seeds, or percentiles of the draws; NaN for an unknown effect."""

@@ -81,6 +81,8 @@ class Strengths:
         flipped, all smoothed, no margin. ``"C"``: as B, with the margin.
         """
         below = weakest(self.mean)
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha must lie in [0, 0.5), got {alpha}")
         if reading == "A":
             target = self.of_all(np.where(self.mean < 0, 1 - alpha, 1.0), 1.0)
             return {"target": target} | self.margin()

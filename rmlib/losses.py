@@ -70,17 +70,6 @@ def official_pairwise_loss(
     return -torch.log(torch.sigmoid(rewards_chosen.float() - rewards_rejected.float()) + 1e-5).mean()
 
 
-def centering_loss(
-    rewards_chosen: Float[Tensor, "pairs"], rewards_rejected: Float[Tensor, "pairs"]
-) -> Float[Tensor, ""]:
-    """Mean squared sum of a pair's rewards; scaled by ``center_rewards_coefficient`` it keeps rewards near 0.
-
-    The ranking loss fixes differences only; this fixes the offset (Eisenstein et al., arXiv 2312.09244).
-    """
-    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected)
-    return (rewards_chosen.float() + rewards_rejected.float()).square().mean()
-
-
 def lm_loss(
     logits: Float[Tensor, "batch length vocab"], labels: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
 ) -> Float[Tensor, ""]:

@@ -7,6 +7,7 @@ head on cached encoder features. ``pair_rewards`` scores all of them.
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -380,9 +381,12 @@ def _partial(checkpoint: Path | None, empty: Tensor) -> Tensor:
         return empty
     try:
         found = load_file(checkpoint)["features"]
-    except (SafetensorError, KeyError):
+        if found.shape != empty.shape:
+            raise KeyError("features of other texts")
+    except (SafetensorError, KeyError) as error:
+        print(f"{checkpoint}: not usable ({error}); encoding starts anew", file=sys.stderr, flush=True)
         return empty
-    return found if found.shape == empty.shape else empty
+    return found
 
 
 def save_features(features: Tensor, ids: list[str], path: Path) -> None:

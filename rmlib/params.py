@@ -7,32 +7,42 @@ before a kernel starts.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
-Schedule = Literal["linear", "inverse_sqrt", "constant"]
-Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+ShareOrOne = Annotated[float, Field(gt=0, le=1)]
+BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
 Name = Annotated[str, Field(min_length=1)]
+Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+OnBadRow = Literal["error", "drop"]
+Schedule = Literal["linear", "inverse_sqrt", "constant"]
 
 
-class Parameters(BaseModel):
+class Plain(BaseModel):
     """What all chapters share; an unknown key is an error, and a number in quotes is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     preset: Preset
+
+
+class Seeded(Plain):
+    """A chapter that draws: its seeds, each once."""
+
     seeds: Seeds
 
     @field_validator("seeds")
@@ -43,175 +53,111 @@ class Parameters(BaseModel):
         return seeds
 
 
-class WorldAndData(Parameters):
-    """Chapter 00."""
+def _world_and_data(p) -> None:
+    if p.source != "world" and not p.data_path:
+        raise ValueError(f"source = {p.source!r} needs data_path, where its files lie")
+    if p.source == "world" and (p.data_path or p.base_model):
+        raise ValueError("source = 'world' reads neither data_path nor base_model: name the source that does")
+    if p.source == "convarg" and p.base_model:
+        raise ValueError("source = 'convarg' is read by the encoder: leave base_model empty")
+    if p.hidden_size % (2 * p.heads):
+        raise ValueError(f"hidden_size = {p.hidden_size} is no even multiple of heads = {p.heads}")
 
-    source: Literal["world", "convarg", "pandalm", "hh", "table"]
-    data_path: str
-    revision: Name
-    on_bad_row: Literal["error", "drop"]
-    prompt_column: Name | None
-    validation_share: Share
-    n_ood_debates: Count
-    base_model: str
-    base_revision: Name
-    encoder: Name
-    encoder_revision: Name
-    encoder_max_length: Count
-    world_seed: CountOrZero
-    n_sft_prompts: Count
-    demonstrations_per_prompt: Count
-    n_train_prompts: Count
-    n_validation_prompts: Count
-    n_test_prompts: Count
-    n_policy_prompts: Count
-    n_ood_prompts: Count
-    responses_per_prompt: Annotated[int, Field(ge=2)]
-    temperature: Positive
-    careless_rate: Annotated[float, Field(ge=0, le=0.5)]
-    length_bias: float
-    labels_biased: bool
-    judge_noise: Annotated[float, Field(ge=0)]
-    hidden_size: Count
-    layers: Count
-    heads: Count
-    max_length: Count
-    sft_lr: Positive
-    sft_batch_size: Count
-    sft_epochs: CountOrZero
-    n_samples: Count
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.source != "world" and not self.data_path:
-            raise ValueError(f"source = {self.source!r} needs data_path, where its files lie")
-        if self.source == "world" and (self.data_path or self.base_model):
-            raise ValueError("source = 'world' reads neither data_path nor base_model: name the source that does")
-        if self.source == "convarg" and self.base_model:
-            raise ValueError("source = 'convarg' is read by the encoder: leave base_model empty")
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size = {self.hidden_size} is no even multiple of heads = {self.heads}")
+def _policies(p) -> None:
+    if p.reward_norm and p.reward_scaling:
+        raise ValueError("reward_norm and reward_scaling exclude one another")
+    if p.num_mini_batches > p.batch_size * p.rollouts_per_prompt:
+        raise ValueError(f"num_mini_batches = {p.num_mini_batches} exceeds the responses of a step")
+
+
+def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: None) -> type[Plain]:
+    """The parameters of a chapter: names by their type, and a check of what must fit together."""
+
+    def checked(self):
+        fits(self)
         return self
 
-
-class AnnotatedSets(BaseModel):
-    """Chapter 01b."""
-
-    model_config = Parameters.model_config
-
-    preset: Preset
-    data_path: str
-    revision: Name
-    on_bad_row: Literal["error", "drop"]
-    n_bands: Annotated[int, Field(ge=2)]
-    n_judged_bands: Annotated[int, Field(ge=2)]
+    fields = {name: (kind, ...) for kind, names in types.items() for name in names.split()}
+    return create_model(
+        "Chapter", __base__=base, __validators__={"fits": model_validator(mode="after")(checked)}, **fields
+    )
 
 
-class PreferenceStrength(Parameters):
-    """Chapter 01."""
-
-    n_members: Annotated[int, Field(ge=2)]
-    vary_head: bool
-    lr: Positive
-    batch_size: Count
-    schedule: Schedule
-    warmup_ratio: ShareOrZero
-    dropout: ShareOrZero
-    max_length: Count
-    slice_epochs: Positive
-    long_epochs: Annotated[int, Field(ge=2)]
-    growing_shares: Annotated[list[Share], Field(min_length=1)]
-    fold_group: Literal["prompt_id", "topic", "subset"]
-    n_folds: Annotated[int, Field(ge=2)]
-    n_response_folds: Annotated[int, Field(ge=3)]
-    fold_members: Count
-    scorer_dropout: Share
-    dropout_passes: Count
-    bias_members: CountOrZero
-    n_sweep_seeds: Count
-    n_curve_pairs: Count
-    n_evaluations: Count
-    n_bootstrap: CountOrZero
-    workers: CountOrZero
-
-
-class Denoising(Parameters):
-    """Chapter 02."""
-
-    lr: Positive
-    batch_size: Count
-    schedule: Schedule
-    warmup_ratio: ShareOrZero
-    dropout: ShareOrZero
-    max_length: Count
-    epochs: Annotated[int, Field(ge=2)]
-    snapshots_per_epoch: Count
-    alpha: Smoothing
-    flip_shares: Annotated[list[Share], Field(min_length=1)]
-    alphas: list[Smoothing]
-    margin_scales: list[Positive]
-    self_smoothing: Share
-    lm_coef: Annotated[float, Field(ge=0)]
-    band_epochs: Count
-    band_snapshots: Count
-    n_train_scored: Count
-    n_sweep_seeds: Count
-    n_policy_seeds: Count
-    strength: str
-    n_bootstrap: CountOrZero
-    workers: CountOrZero
-
-
-class Policies(Parameters):
-    """Chapter 02b."""
-
-    steps: Annotated[int, Field(ge=5)]
-    lr: Positive
-    critic_lr: Positive
-    batch_size: Count
-    rollouts_per_prompt: Count
-    num_ppo_epochs: Count
-    num_mini_batches: Count
-    warmup_steps: CountOrZero
-    max_new_tokens: Count
-    temperature: Positive
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    repetition_penalty: Positive
-    kl_coef: Positive
-    kl_estimator: Literal["k1", "k3"]
-    max_kl: Positive | None
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Annotated[float, Field(ge=0, le=1)]
-    cliprange: Positive | None
-    cliprange_value: Positive | None
-    vf_coef: Positive
-    entropy_coef: Annotated[float, Field(ge=0)]
-    whiten_advantages: bool
-    advantage_clip: Positive | None
-    reward_norm: bool
-    reward_scaling: bool
-    reward_clip: Positive | None
-    missing_eos_penalty: Annotated[float, Field(ge=0)]
-    variants: bool
-    n_asked: Count
-    best_of: Annotated[int, Field(ge=2)]
-    workers: CountOrZero
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.reward_norm and self.reward_scaling:
-            raise ValueError("reward_norm and reward_scaling exclude one another")
-        if self.num_mini_batches > self.batch_size * self.rollouts_per_prompt:
-            raise ValueError(f"num_mini_batches = {self.num_mini_batches} exceeds the responses of a step")
-        return self
-
-
-CHAPTERS: dict[str, type[BaseModel]] = {
-    "00_world_and_data": WorldAndData,
-    "01_preference_strength": PreferenceStrength,
-    "01b_annotated_sets": AnnotatedSets,
-    "02_denoising": Denoising,
-    "02b_policies": Policies,
+CHAPTERS: dict[str, type[Plain]] = {
+    "00_world_and_data": _chapter(
+        {
+            Literal["world", "convarg", "pandalm", "hh", "table"]: "source",
+            str: "data_path base_model",
+            Name: "revision base_revision encoder encoder_revision",
+            Name | None: "prompt_column",
+            OnBadRow: "on_bad_row",
+            Share: "validation_share",
+            Count: "n_ood_debates encoder_max_length n_sft_prompts demonstrations_per_prompt n_train_prompts "
+            "n_validation_prompts n_test_prompts n_policy_prompts n_ood_prompts hidden_size layers heads max_length "
+            "sft_batch_size n_samples",
+            CountOrZero: "world_seed sft_epochs",
+            AtLeastTwo: "responses_per_prompt",
+            Positive: "temperature sft_lr",
+            Annotated[float, Field(ge=0, le=0.5)]: "careless_rate",
+            PositiveOrZero: "judge_noise",
+            float: "length_bias",
+            bool: "labels_biased",
+        },
+        fits=_world_and_data,
+    ),
+    "01_preference_strength": _chapter(
+        {
+            AtLeastTwo: "n_members long_epochs n_folds",
+            Annotated[int, Field(ge=3)]: "n_response_folds",
+            bool: "vary_head",
+            Positive: "lr slice_epochs",
+            Schedule: "schedule",
+            ShareOrZero: "warmup_ratio dropout",
+            Share: "scorer_dropout",
+            Shares: "growing_shares",
+            Literal["prompt_id", "topic", "subset"]: "fold_group",
+            Count: "batch_size max_length fold_members dropout_passes n_sweep_seeds n_curve_pairs n_evaluations",
+            CountOrZero: "bias_members n_bootstrap workers",
+        }
+    ),
+    "01b_annotated_sets": _chapter(
+        {str: "data_path", Name: "revision", OnBadRow: "on_bad_row", AtLeastTwo: "n_bands n_judged_bands"}, base=Plain
+    ),
+    "02_denoising": _chapter(
+        {
+            Positive: "lr",
+            PositiveOrZero: "lm_coef",
+            Schedule: "schedule",
+            ShareOrZero: "warmup_ratio dropout",
+            Share: "self_smoothing",
+            BelowHalf: "alpha",
+            list[BelowHalf]: "alphas",
+            list[Positive]: "margin_scales",
+            Shares: "flip_shares",
+            AtLeastTwo: "epochs",
+            Count: "batch_size max_length snapshots_per_epoch band_epochs band_snapshots n_train_scored n_sweep_seeds "
+            "n_policy_seeds",
+            CountOrZero: "n_bootstrap workers",
+            str: "strength",
+        }
+    ),
+    "02b_policies": _chapter(
+        {
+            Annotated[int, Field(ge=5)]: "steps",
+            Positive: "lr critic_lr temperature repetition_penalty kl_coef vf_coef",
+            Positive | None: "max_kl cliprange cliprange_value advantage_clip reward_clip",
+            PositiveOrZero: "entropy_coef missing_eos_penalty",
+            ShareOrOne: "top_p gamma",
+            Annotated[float, Field(ge=0, le=1)]: "lam",
+            Literal["k1", "k3"]: "kl_estimator",
+            bool: "whiten_advantages reward_norm reward_scaling variants",
+            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked",
+            AtLeastTwo: "best_of",
+            CountOrZero: "warmup_steps workers",
+        },
+        fits=_policies,
+    ),
 }
 
 

@@ -197,12 +197,23 @@ class Experience:
     values: Tensor
 
 
-def token_logprobs(policy: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response token, and the entropy in nats of the choice it was; (responses, tokens)."""
-    logits = policy.get_output_embeddings()(models.states_at(policy, batch)).float()
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, batch["response_ids"][..., None])[..., 0], entropy
+def choices(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of all that could be said at each response token, shape (responses, tokens, vocabulary)."""
+    return policy.get_output_embeddings()(models.states_at(policy, batch)).float().log_softmax(-1)
+
+
+def token_logprobs(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of each response token, shape (responses, tokens)."""
+    return _said(choices(policy, batch), batch)
+
+
+def _said(logprobs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return logprobs.gather(-1, batch["response_ids"][..., None])[..., 0]
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropy of each choice in nats, shape (responses, tokens), from log-probabilities of all that could be said."""
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def token_values(critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -256,7 +267,7 @@ def rollout(
     def measured(measure: Callable, model: nn.Module) -> Tensor:
         return _of_all(measure, model, texts, mask.shape, micro_batch_size)
 
-    logprobs, ref_logprobs = (measured(lambda *given: token_logprobs(*given)[0], m) for m in (policy, reference))
+    logprobs, ref_logprobs = (measured(token_logprobs, m) for m in (policy, reference))
     values = measured(token_values, critic)
     return Experience(texts, prompts, responses, ended, scores, mask, logprobs, ref_logprobs, values)
 
@@ -287,16 +298,18 @@ def ppo_step(
         width = batch["mask"].shape[1]
         old = {name: tensor[part, :width].to(device) for name, tensor in target.items()}
         with training.accelerator().autocast():
-            logprobs, entropy = token_logprobs(policy, batch)
+            every = choices(policy, batch)
+            logprobs = _said(every, batch)
             values = token_values(critic, batch)
         actor, seen = policy_loss(
             logprobs, old["logprobs"], old["advantages"], old["mask"], cliprange=settings.cliprange
         )
         error = value_loss(values, old["values"], old["returns"], old["mask"], cliprange_value=settings.cliprange_value)
-        entropy = masked_mean(entropy, old["mask"])
+        with torch.set_grad_enabled(settings.entropy_coef > 0):  # dear where the vocabulary is large
+            spread = masked_mean(entropy(every), old["mask"])
         share = old["mask"].sum().item() / total
-        (share * (actor + settings.vf_coef * error - settings.entropy_coef * entropy)).backward()
-        seen |= {"policy_loss": actor.item(), "value_loss": error.item(), "entropy": entropy.item()}
+        (share * (actor + settings.vf_coef * error - settings.entropy_coef * spread)).backward()
+        seen |= {"policy_loss": actor.item(), "value_loss": error.item(), "entropy": spread.item()}
         stats = {name: stats.get(name, 0.0) + share * value for name, value in seen.items()}
     for model in (policy, critic):
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm, error_if_nonfinite=True)

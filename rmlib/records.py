@@ -25,7 +25,8 @@ from rmlib import runs
 _LOCKS: dict[Path, int] = {}  # one handle a file: closing a second one would let go of the lock
 
 
-COMMITTED = ("default", "full", "full_quiet", "full_noisy", "convarg")  # presets whose evidence belongs to the book, within expected ranges
+# Presets whose evidence belongs to the book, within expected ranges.
+COMMITTED = ("default", "full", "full_quiet", "full_noisy", "convarg")
 
 
 class Run:

@@ -4,7 +4,6 @@
 ``pandalm_pairs`` read pairs that several people judged, ``annotated_pairs`` a set with its voters' scores.
 """
 
-import codecs
 import csv
 import gzip
 import hashlib
@@ -16,7 +15,8 @@ import sys
 import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,21 @@ import pandas as pd
 import pyarrow.parquet
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
-from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
 from rmlib import data, runs
 
 SPLITS = ("train", "validation", "test", "ood")
-ROLES = ("system", "user", "assistant")
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+PATTERNS = tuple(f"*{ending}" for ending in ENDINGS)
 HH_FILES = ("train.jsonl.gz", "test.jsonl.gz")
-ONE_SUBSET = "whole set"  # the subset of a set without subsets
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {"system": "\n\n", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}  # and how HH marks them
+ONE_SUBSET = "whole set"  # the subset of a set without subsets
+DIFFER = "the two dialogues differ before the last reply"
+CONVARG_FIELDS = ("id", "arg1/text", "arg2/text", "arg1/id", "arg2/id", "debateMetaData/title", "arg1/stance")
+CONVARG_VOTES = {"a1": 1, "a2": -1, "equal": 0}
+Placed = tuple[str, dict]  # a row after its place: file and number
 
 
 class DataError(ValueError):
@@ -42,43 +46,38 @@ class DataError(ValueError):
 
 
 class BadRow(Exception):
-    """Why one row cannot be used: a kind, under which rows are counted, and a detail."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+    """Why one row cannot be used: up to a colon the kind, under which rows are counted, then what is wrong here."""
 
 
-class Sieve:
-    """What becomes of bad rows: ``"error"`` stops with their places, ``"drop"`` leaves them out and counts them."""
+def _check(good: object, problem: str, error: type[Exception] = BadRow) -> None:
+    if not good:
+        raise error(problem)
 
-    def __init__(self, on_bad_row: str):
-        if on_bad_row not in ("error", "drop"):
-            raise ValueError(f"unknown on_bad_row {on_bad_row!r}; choose from error, drop")
-        self.on_bad_row = on_bad_row
-        self.bad: list[tuple[str, BadRow]] = []
 
-    def sift(self, rows: Sequence[tuple[str, dict]], test: Callable[[str, dict], dict]) -> list[tuple[str, dict]]:
-        """What ``test(place, row)`` makes of every row; rows for which it raises :class:`BadRow` are set aside."""
-        kept = []
-        for place, row in rows:
-            try:
-                kept.append((place, test(place, row)))
-            except BadRow as problem:
-                self.bad.append((place, problem))
-        return kept
+def sift(rows: Iterable[Placed], path: Path, on_bad_row: str, *tests: Callable[[str, dict], dict]) -> list[dict]:
+    """What ``tests`` make of every row, each given its place and what the test before made of it.
 
-    def close(self, n_kept: int, path: Path) -> None:
-        """Print how many rows were left out, or raise :class:`DataError` naming the first of them."""
-        if self.bad and self.on_bad_row == "error":
-            shown = [f"{place}: {bad.kind}: {bad.detail}".removesuffix(": ") for place, bad in self.bad[:10]]
-            more = [f"and {len(self.bad) - 10} more"] * (len(self.bad) > 10)
-            hint = "mend them, or set on_bad_row to 'drop' to leave them out"
-            raise DataError("\n  ".join([f"{len(self.bad)} bad rows in {path}; {hint}", *shown, *more]))
-        for kind, n in sorted(Counter(bad.kind for _, bad in self.bad).items()):
-            print(f"  left out, {kind}: {n}", file=sys.stderr, flush=True)  # seen in the notebook and in the terminal
-        if not n_kept:
-            raise DataError(f"{path}: no usable row")
+    Rows for which one raises :class:`BadRow` are left out and counted (``on_bad_row`` = ``"drop"``), or stop
+    with a :class:`DataError` that names the first of them (``"error"``).
+    """
+    _check(on_bad_row in ("error", "drop"), f"unknown on_bad_row {on_bad_row!r}; choose from error, drop", ValueError)
+    kept, bad = [], []
+    for place, row in rows:
+        try:
+            _check(None not in row, f"not readable: {row.get(None)}")
+            for test in tests:
+                row = test(place, row)
+            kept.append(row)
+        except BadRow as problem:
+            bad.append((place, str(problem)))
+    if bad and on_bad_row == "error":
+        head = f"{len(bad)} bad rows in {path}; mend them, or set on_bad_row to 'drop' to leave them out"
+        shown = [f"{place}: {problem}" for place, problem in bad[:10]] + [f"and {len(bad) - 10} more"] * (len(bad) > 10)
+        raise DataError("\n  ".join([head, *shown]))
+    for kind, n in sorted(Counter(problem.partition(": ")[0] for _, problem in bad).items()):
+        print(f"  left out, {kind}: {n}", file=sys.stderr, flush=True)  # seen in the notebook and in the terminal
+    _check(kept, f"{path}: no usable row", DataError)
+    return kept
 
 
 # ---------------------------------------------------------------- files
@@ -90,87 +89,141 @@ def locate(path: str, revision: str = "main") -> Path:
     Raises ``FileNotFoundError`` naming the place that was looked at.
     """
     if path.startswith("hub:"):
-        wanted = [f"*{ending}" for ending in ENDINGS]
         try:
-            return Path(snapshot_download(path[4:], repo_type="dataset", revision=revision, allow_patterns=wanted))
+            return Path(snapshot_download(path[4:], repo_type="dataset", revision=revision, allow_patterns=PATTERNS))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"{path} at {revision} cannot be fetched: {error}") from error
     place = runs.data_folder() / path
-    if not path or not place.exists():
-        raise FileNotFoundError(
-            f"no data at {place} (data_path = {path!r}); docs/your_own_data.md says where to get it"
-        )
+    problem = f"no data at {place} (data_path = {path!r}); docs/your_own_data.md says where to get it"
+    _check(path and place.exists(), problem, FileNotFoundError)
     return place
 
 
-def read_rows(path: Path) -> list[tuple[str, dict]]:
+def read_folder(path: Path, patterns: Sequence[str]) -> Iterator[Placed]:
+    """``folder/place`` and row of a file, or of all files below a folder whose names fit; see :func:`read_rows`."""
+    files = [path] if path.is_file() else sorted(file for pattern in patterns for file in path.rglob(pattern))
+    _check(files, f"{path}: no file named {' or '.join(patterns)} in this folder or below", DataError)
+    for file in files:
+        yield from ((f"{file.parent.name}/{place}", row) for place, row in read_rows(file))
+
+
+def read_rows(path: Path) -> Iterator[Placed]:
     """(place, row) of every row of a JSONL, JSON, CSV or Parquet file, gzipped or not; rows count from 1.
 
     A row that cannot be read comes as ``{None: reason}``. Raises :class:`DataError` naming a file that cannot be
     read at all: a folder, empty, truncated, or of another kind.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name one file ({', '.join(ENDINGS)})")
-    if not path.name.endswith(ENDINGS):
-        raise DataError(f"{path}: unknown kind of file; choose from {', '.join(ENDINGS)}")
+    known = ", ".join(ENDINGS)
+    _check(not path.is_dir(), f"{path} is a folder: name one file ({known})", DataError)
+    _check(path.name.endswith(ENDINGS), f"{path}: unknown kind of file; choose from {known}", DataError)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        rows = list(_rows_of(path.name.removesuffix(".gz"), content))
+        parse, pieces = _pieces(path.name.removesuffix(".gz"), content)
+        rows = [_row(parse, piece) for piece in pieces]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error})") from None
-    except (ArrowException, OSError, ValueError, RecursionError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from None
-    if not rows:
-        raise DataError(f"{path}: the file holds no rows")
-    return [(f"{path.name} row {n}", row) for n, row in enumerate(rows, 1)]
+    _check(rows, f"{path}: the file holds no rows", DataError)
+    yield from ((f"{path.name} row {n}", row) for n, row in enumerate(rows, 1))
 
 
-def _rows_of(name: str, content: bytes) -> Iterator[dict]:
+def _pieces(name: str, content: bytes) -> tuple[Callable, Iterable]:
+    """The pieces of a file, and what makes a row of one; so the piece that cannot be read spoils no other."""
     if name.endswith(".parquet"):
-        yield from _parquet_rows(pyarrow.parquet.read_table(io.BytesIO(content)))
-        return
-    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")  # _readable tells what is not UTF-8
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        return lambda batch: batch.to_pylist()[0], table.to_batches(max_chunksize=1)
+    text = content.decode("utf-8-sig", "surrogateescape")  # _row tells what is not UTF-8
     if name.endswith(".csv"):
-        yield from _csv_rows(text)
-    elif name.endswith(".json") and text.lstrip()[:1] == "[":
-        rows = json.loads(text, object_pairs_hook=_no_repeats)
-        yield from (row if isinstance(row, dict) else {None: "not an object"} for row in rows)
-    else:
-        yield from (_json_line(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip())
+        return dict, _csv_rows(text)
+    parse = partial(json.loads, object_pairs_hook=_no_repeats)
+    if name.endswith(".json") and text.lstrip()[:1] == "[":
+        return lambda row: row, parse(text)
+    return parse, [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
-def _parquet_rows(table: pyarrow.Table) -> Iterator[dict]:
+def _row(parse: Callable[[object], object], piece: object) -> dict:
     try:
-        yield from table.to_pylist()
-    except UnicodeDecodeError:  # one row spoils all; find it
-        for n in range(table.num_rows):
-            try:
-                yield from table.slice(n, 1).to_pylist()
-            except UnicodeDecodeError:
-                yield {None: "not UTF-8"}
-
-
-def _csv_rows(text: str) -> Iterator[dict]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        if repeated := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
-            raise ValueError(f"column {repeated[0]!r} is there twice")
-        yield from reader
-    except csv.Error as error:
-        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
-
-
-def _json_line(line: str) -> dict:
-    try:
-        row = json.loads(line, object_pairs_hook=_no_repeats)
+        row = parse(piece)
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeError:
+        return {None: "not UTF-8"}
     except (ValueError, RecursionError) as error:
         return {None: f"not JSON ({error})"}
     return row if isinstance(row, dict) else {None: "not an object"}
 
 
+def _csv_rows(text: str) -> Iterator[dict]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for name, n in Counter(reader.fieldnames or []).items():
+            _check(n == 1, f"column {name!r} is there twice", ValueError)
+        for row in reader:
+            yield row if None not in row else {None: "too many fields"}
+    except csv.Error as error:
+        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
+
+
 def _no_repeats(items: list[tuple[str, object]]) -> dict:
     row = dict(items)
     return row if len(row) == len(items) else row | {None: "a key is given twice"}
+
+
+# ---------------------------------------------------------------- fields of a row
+
+
+def _field(row: Mapping, name: str, *types: type, note: str = "") -> object:
+    """The value of a field that must be there, not null and of one of the types, if any are given."""
+    _check(name in row, f"missing field: {name!r}{note}; the row has {', '.join(map(str, row))}")
+    value = row[name]
+    _check(value is not None, f"null field: {name!r}")
+    _check(not types or type(value) in types, f"wrong type: {name} is a {type(value).__name__}, not text{note}")
+    return value
+
+
+def _name(row: Mapping, name: str) -> str:
+    value = str(_field(row, name, str, int))
+    _check(value.strip(), f"empty field: {name!r}")
+    return value
+
+
+def _number(row: Mapping, name: str) -> float:
+    given = _field(row, name)
+    try:
+        value = float(given if type(given) is not bool else "")
+    except (TypeError, ValueError):
+        raise BadRow(f"wrong type: {name} = {given!r:.40}, not a number") from None
+    _check(math.isfinite(value), f"not finite: {name} = {value}")
+    return value
+
+
+def _votes(given: object, choices: Sequence[int] = (1, 0, -1), wanted: str = "+1 (for the label), 0 and -1") -> list:
+    votes = given
+    if isinstance(given, str):  # CSV has no lists
+        votes = [{"1": 1, "+1": 1, "0": 0, "-1": -1}.get(vote.strip()) for vote in given.strip("[] ").split(",")]
+    good = isinstance(votes, list) and votes and all(type(vote) is int and vote in choices for vote in votes)
+    _check(good, f"bad votes: {given!r:.60}: a list of {wanted}")
+    return votes
+
+
+def _scores(row: Mapping, name: str) -> list[float]:
+    scores = _field(row, name)
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    good = numbers and len(scores) > 1 and all(map(math.isfinite, scores))
+    _check(good, f"bad scores: {name} = {scores!r:.60}: a list of at least two finite numbers")
+    return list(map(float, scores))
+
+
+def _turns(name: str, value: object) -> list[dict]:
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    good = turns and isinstance(turns, list)
+    _check(good, f"wrong type: {name} is {type(turns).__name__}, not text or a list of turns")
+    wanted = f"a turn has a role ({', '.join(ROLES)}) and a content"
+    for turn in turns:
+        good = isinstance(turn, dict) and turn.get("role") in tuple(ROLES) and isinstance(turn.get("content"), str)
+        _check(good, f"wrong type: {name}: {wanted}, not {turn!r:.80}")
+        _check(turn["content"].strip(), f"empty field: a turn of {name!r}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 # ---------------------------------------------------------------- labelled pairs
@@ -195,169 +248,89 @@ def preference_rows(
     of the prompts, by ``seed``, for validation. With ``max_length`` (tokens) pairs that are too long for a causal
     model, or the same after an encoder's cut, are bad rows. Raises :class:`DataError` naming the bad rows.
     """
-    sieve = Sieve(on_bad_row)
-    if source == "hh":
-        rows = sieve.sift(_hh_files(path), _hh_pair)
-    else:
-        rows = sieve.sift(read_rows(path), lambda _, row: _table_pair(row, prompt_column, tokenizer))
-    rows = sieve.sift(rows, _Once())
-    if rows and tokenizer is not None and max_length is not None:
-        rows = _fitting(rows, tokenizer, max_length, sieve)
-    sieve.close(len(rows), path)
+    table_pair = partial(_table_pair, prompt_column=prompt_column, tokenizer=tokenizer)
+    pair_of = {"hh": _hh_pair, "pandalm": _pandalm_pair, "table": table_pair}[source]
+    given = read_folder(path, HH_FILES) if source == "hh" else read_rows(path)
+    fits = partial(_fits, tokenizer=tokenizer, max_length=max_length)
+    rows = sift(given, path, on_bad_row, pair_of, _Once(), fits)
     print(f"{path.name}: {len(rows)} pairs")
-    return _with_splits([row for _, row in rows], path, validation_share, seed)
-
-
-def _hh_files(path: Path) -> list[tuple[str, dict]]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.jsonl.gz") if p.name in HH_FILES)
-    if not files:
-        raise DataError(f"{path}: neither {' nor '.join(HH_FILES)} in this folder or below")
-    both = len({file.name for file in files}) > 1
-    return [
-        (f"{file.parent.name}/{place}", row | {"subset": file.parent.name, "test": both and "test" in file.name})
-        for file in files
-        for place, row in read_rows(file)
-    ]
+    if source == "hh" and all("split" in row for row in rows):  # HH's test part alone is divided like any set
+        rows = [{name: value for name, value in row.items() if name != "split"} for row in rows]
+    return _with_splits(rows, path, validation_share, seed)
 
 
 def _hh_pair(place: str, row: dict) -> dict:
     """Prompt and two responses of one HH row: the two dialogues must differ in their last reply alone."""
-    _readable(row)
-    parts = [_text_field(row, side).rpartition(ASSISTANT) for side in ("chosen", "rejected")]
-    if any(not mark or HUMAN not in prompt for prompt, mark, _ in parts):
-        raise BadRow("not a dialogue of Human and Assistant")
-    if parts[0][0] != parts[1][0]:
-        raise BadRow("the two dialogues differ before the last reply")
-    pair = _pair(parts[0][0] + ASSISTANT, parts[0][2], parts[1][2])
-    known = {"pair_id": place, "subset": row["subset"], "topic": row["subset"]}
-    return pair | known | ({"split": "test"} if row["test"] else {})
+    sides = [_field(row, side, str).rpartition(ASSISTANT) for side in ("chosen", "rejected")]
+    _check(all(mark and HUMAN in prompt for prompt, mark, _ in sides), "not a dialogue of Human and Assistant")
+    (prompt, _, chosen), (other_prompt, _, rejected) = sides
+    _check(prompt == other_prompt, DIFFER)
+    folder, _, file = place.partition("/")
+    pair = _pair(prompt + ASSISTANT, chosen, rejected) | {"pair_id": place, "subset": folder, "topic": folder}
+    return pair | ({"split": "test"} if "test" in file else {})
 
 
-def _table_pair(row: dict, prompt_column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> dict:
-    _readable(row)
+def _table_pair(place: str, row: dict, prompt_column: str | None, tokenizer) -> dict:
     sides = [_field(row, side) for side in ("chosen", "rejected")]
-    if prompt_column is not None and prompt_column not in row:
-        raise BadRow("missing field", f"{prompt_column!r}, the prompt_column; the row has {', '.join(map(str, row))}")
-    prompt = None if prompt_column is None else _field(row, prompt_column)
-    if all(isinstance(side, str) for side in sides):
-        if not isinstance(prompt, str | None):
-            raise BadRow("wrong type", f"{prompt_column} is a {type(prompt).__name__}, the responses are text")
-        pair = _pair(prompt or "", *sides, may_lack_prompt=prompt_column is None)
-    elif any(isinstance(side, str) for side in sides):
-        raise BadRow("wrong type", f"chosen is a {type(sides[0]).__name__}, rejected a {type(sides[1]).__name__}")
+    prompt = None if prompt_column is None else _field(row, prompt_column, note=", the prompt_column")
+    if any(isinstance(side, str) for side in sides):
+        for name in filter(None, ("chosen", "rejected", prompt_column)):
+            _field(row, name, str, note=" like the others")
+        pair = _pair(prompt, *sides) | {"chat_template": ""}
     else:
         pair = _conversation(prompt, *sides, tokenizer)
-    turned = not all(isinstance(side, str) for side in sides) and chat_template(tokenizer)
-    pair["chat_template"] = hashlib.sha256(turned.encode()).hexdigest()[:16] if turned else ""
-    pair["subset"] = pair["topic"] = str(row.get("subset") or ONE_SUBSET)
-    if pair["subset"] == "all":
-        raise BadRow("reserved name", "subset 'all' stands for all subsets together")
-    pair |= _truth(row)
-    if row.get("topic"):
-        pair["topic"] = str(row["topic"])
+    subset = str(row.get("subset") or ONE_SUBSET)
+    _check(subset != "all", "reserved name: subset 'all' stands for all subsets together")
+    pair |= {"subset": subset, "topic": str(row.get("topic") or subset)}
+    if "votes" in row:
+        pair["votes"] = _votes(row["votes"])
+    gold = [name for name in ("gold_chosen", "gold_rejected") if name in row]
+    _check(len(gold) != 1, "missing field: gold_chosen and gold_rejected come together")
+    pair |= {name: _number(row, name) for name in gold}
+    if "split" in row:
+        _check(row["split"] in SPLITS, f"unknown split: {row['split']!r}; choose from {', '.join(SPLITS)}")
+        pair["split"] = row["split"]
     if "pair_id" in row:
         pair["pair_id"] = _name(row, "pair_id")
-    if "split" in row:
-        if row["split"] not in SPLITS:
-            raise BadRow("unknown split", f"{row['split']!r}; choose from {', '.join(SPLITS)}")
-        pair["split"] = row["split"]
     return pair
 
 
-def _readable(row: Mapping) -> None:
-    if None in row:
-        raise BadRow("not readable", row[None] if isinstance(row[None], str) else "too many fields")
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("not readable", "not UTF-8") from None
-
-
-def _field(row: Mapping, name: str) -> object:
-    if name not in row:
-        raise BadRow("missing field", f"{name!r}; the row has {', '.join(map(str, row))}")
-    if row[name] is None:
-        raise BadRow("null field", repr(name))
-    return row[name]
-
-
-def _name(row: Mapping, name: str) -> str:
-    value = _field(row, name)
-    if type(value) not in (str, int):
-        raise BadRow("wrong type", f"{name} is a {type(value).__name__}, not text")
-    if not str(value).strip():
-        raise BadRow("empty field", repr(name))
-    return str(value)
-
-
-def _text_field(row: Mapping, name: str) -> str:
-    value = _field(row, name)
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{name} is a {type(value).__name__}, not text")
-    return value
-
-
-def _pair(prompt: str, chosen: str, rejected: str, *, may_lack_prompt: bool = False) -> dict:
-    """The columns that follow from three texts; ids are digests, so equal texts have equal ids everywhere."""
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if not text.strip() and not (name == "prompt" and may_lack_prompt):
-            raise BadRow("empty field", repr(name))
-    if chosen.strip() == rejected.strip():
-        raise BadRow("identical responses")
-    ids = {side: _digest(prompt, text) for side, text in (("chosen_id", chosen), ("rejected_id", rejected))}
-    pair_id = _digest(prompt, chosen, rejected)
-    prompt_id = _digest(prompt) if prompt else pair_id
-    return {"pair_id": pair_id, "prompt_id": prompt_id, "prompt": prompt, "chosen": chosen, "rejected": rejected} | ids
+def _pair(prompt: str | None, chosen: str, rejected: str) -> dict:
+    """The columns that follow from the texts; ids are digests, so equal texts have equal ids everywhere."""
+    texts = {"prompt": prompt or "", "chosen": chosen, "rejected": rejected}
+    empty = [name for name, text in texts.items() if not text.strip() and (name != "prompt" or prompt is not None)]
+    _check(not empty, f"empty field: {', '.join(map(repr, empty))}")
+    _check(chosen.strip() != rejected.strip(), "identical responses")
+    pair_id = _digest(*texts.values())
+    ids = {f"{side}_id": _digest(texts["prompt"], texts[side]) for side in ("chosen", "rejected")}
+    return {"pair_id": pair_id, "prompt_id": _digest(prompt) if prompt else pair_id} | texts | ids
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _conversation(prompt: object, chosen: object, rejected: object, tokenizer) -> dict:
-    """A pair of turn lists: what both share before the last reply, after ``prompt`` if there is one, is the prompt."""
-    first, second = _turns("chosen", chosen), _turns("rejected", rejected)
+    """A pair of turn lists: what both share before the last reply, after ``prompt`` if there is one, is the prompt.
+
+    It goes through the tokenizer's chat template up to where the assistant answers, else into HH's form.
+    """
+    (*asked, first), (*others, second) = _turns("chosen", chosen), _turns("rejected", rejected)
     before = [] if prompt is None else _turns("prompt", prompt)
-    if first[:-1] != second[:-1]:
-        raise BadRow("the two dialogues differ before the last reply")
-    if any(turns[-1]["role"] != "assistant" for turns in (first, second)):
-        raise BadRow("wrong role", "the last turn is not the assistant's")
-    asked = first[:-1] if first[: len(before)] == before else before + first[:-1]
-    if not asked:
-        raise BadRow("empty field", "'prompt'")
-    return _pair(
-        chat_text(asked, tokenizer), *(reply_text(turns[-1]["content"], tokenizer) for turns in (first, second))
-    )
-
-
-def _turns(name: str, value: object) -> list[dict]:
-    turns = [{"role": "user", "content": value}] if name == "prompt" and isinstance(value, str) else value
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("wrong type", f"{name} is {type(value).__name__}, not text or a list of turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise BadRow(
-                "wrong type", f"{name}: a turn has a role ({', '.join(ROLES)}) and a content, not {turn!r:.80}"
-            )
-        if not turn["content"].strip():
-            raise BadRow("empty field", f"a turn of {name!r}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def chat_text(turns: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Turns up to where the assistant answers, by the tokenizer's chat template, else in HH's form."""
-    if chat_template(tokenizer):
-        try:
-            return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise BadRow("refused by the chat template", str(error)) from None
-    names = {"system": "\n\n", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    return "".join(names[turn["role"]] + turn["content"] for turn in turns) + ASSISTANT
-
-
-def reply_text(content: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The assistant's reply as it follows ``chat_text``."""
-    return content if chat_template(tokenizer) else f" {content.strip()}"
+    _check(asked == others, DIFFER)
+    _check(first["role"] == second["role"] == "assistant", "wrong role: the last turn is not the assistant's")
+    asked = asked if asked[: len(before)] == before else before + asked
+    _check(asked, "empty field: 'prompt'")
+    replies = [first["content"], second["content"]]
+    template = chat_template(tokenizer)
+    if not template:
+        text = "".join(ROLES[turn["role"]] + turn["content"] for turn in asked) + ASSISTANT
+        return _pair(text, *(f" {reply.strip()}" for reply in replies)) | {"chat_template": ""}
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise BadRow(f"refused by the chat template: {error}") from None
+    return _pair(text, *replies) | {"chat_template": _digest(template)}
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -365,151 +338,93 @@ def chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str:
     return getattr(tokenizer, "chat_template", None) or ""
 
 
-def _truth(row: Mapping) -> dict:
-    """Other people's votes or true rewards, where a row has them."""
-    found = {}
-    if "votes" in row:
-        votes = row["votes"]
-        if isinstance(votes, str):  # CSV has no lists
-            votes = [int(v) if re.fullmatch(r"[+-]?\d", v.strip()) else v for v in votes.strip("[] ").split(",")]
-        if not isinstance(votes, list) or not votes or any(type(v) is not int or v not in (-1, 0, 1) for v in votes):
-            raise BadRow("bad votes", f"{row['votes']!r:.60}: a list of +1 (for the label), 0 and -1")
-        found["votes"] = votes
-    gold = [name for name in ("gold_chosen", "gold_rejected") if name in row]
-    if len(gold) == 1:
-        raise BadRow("missing field", "gold_chosen and gold_rejected come together")
-    for name in gold:
-        found[name] = _number(row, name)
-    return found
-
-
-def _number(row: Mapping, name: str) -> float:
-    try:
-        value = float(str(given) if isinstance(given := _field(row, name), bool) else given)
-    except (TypeError, ValueError):
-        raise BadRow("wrong type", f"{name} = {given!r:.40}, not a number") from None
-    if not math.isfinite(value):
-        raise BadRow("not finite", f"{name} = {value}")
-    return value
-
-
 class _Once:
     """Tells rows that repeat an id or a pair, whose prompt stands in another split, or whose columns differ."""
 
     def __init__(self):
-        self.ids: dict[str, str] = {}
-        self.pairs: dict[tuple, str] = {}
-        self.split_of: dict[str, tuple[str, str]] = {}
         self.columns: set[str] = set()
+        self.seen: dict[object, str] = {}  # place of every pair and id
+        self.split_of: dict[str, tuple[str, str]] = {}
 
     def __call__(self, place: str, row: dict) -> dict:
-        self.columns = self.columns or set(row) | {"split"}
-        if lacking := self.columns ^ (set(row) | {"split"}):  # rows without split are drawn
-            raise BadRow("missing field", f"only some rows have {', '.join(sorted(lacking))}")
-        if (pair := (row["prompt"], row["chosen"], row["rejected"])) in self.pairs:
-            raise BadRow("repeated pair", f"it stands in {self.pairs[pair]}")
-        if row["pair_id"] in self.ids:
-            raise BadRow("duplicated id", f"{row['pair_id']!r} belongs to {self.ids[row['pair_id']]}")
-        split, first = self.split_of.setdefault(row["prompt_id"], (row.get("split", ""), place))
-        if split != row.get("split", ""):
-            raise BadRow("prompt in two splits", f"{split or 'none'} in {first}, here {row.get('split', 'none')}")
-        self.pairs[pair] = self.ids[row["pair_id"]] = place
+        pair, name, split = (row["prompt"], row["chosen"], row["rejected"]), row["pair_id"], row.get("split", "none")
+        columns = set(row) | {"split"}  # rows without split are drawn
+        self.columns = self.columns or columns
+        _check(
+            columns == self.columns, f"missing field: only some rows have {', '.join(sorted(columns ^ self.columns))}"
+        )
+        _check(pair not in self.seen, f"repeated pair: it stands in {self.seen.get(pair)}")
+        _check(name not in self.seen, f"duplicated id: {name!r} belongs to {self.seen.get(name)}")
+        there, first = self.split_of.setdefault(row["prompt_id"], (split, place))
+        _check(split == there, f"prompt in two splits: {there} in {first}, here {split}")
+        self.seen |= {pair: place, name: place}
         return row
 
 
-def _fitting(rows: list[tuple[str, dict]], tokenizer, max_length: int, sieve: Sieve) -> list[tuple[str, dict]]:
-    """Rows that a model reads in ``max_length`` tokens, and whose two responses differ in what it reads."""
-    prompt, chosen, rejected = ([row[name] for _, row in rows] for name in ("prompt", "chosen", "rejected"))
+def _fits(place: str, row: dict, tokenizer, max_length: int | None) -> dict:
+    """A row that a model reads in ``max_length`` tokens, and whose two responses differ in what it reads."""
+    if tokenizer is None or max_length is None:
+        return row
+    prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
     if data.is_encoder(tokenizer):
-        read = [data.encoder_ids(prompt, side, tokenizer, max_length) for side in (chosen, rejected)]
+        read = data.encoder_ids([prompt, prompt], responses, tokenizer, max_length)
     else:
-        asked = data.prompt_ids(prompt, tokenizer)
-        read = [
-            [np.concatenate(parts).tolist() for parts in zip(asked, data.response_ids(side, tokenizer), strict=True)]
-            for side in (chosen, rejected)
-        ]
-    tokens = {place: ids for (place, _), *ids in zip(rows, *read, strict=True)}
-
-    def test(place: str, row: dict) -> dict:
-        first, second = tokens[place]
-        if max(len(first), len(second)) > max_length:
-            raise BadRow("too long", f"{max(len(first), len(second))} tokens exceed max_length {max_length}")
-        if first == second:
-            raise BadRow("identical responses after tokenization", f"of at most {max_length} tokens")
-        return row
-
-    return sieve.sift(rows, test)
+        [asked] = data.prompt_ids([prompt], tokenizer)
+        read = [[*asked, *said] for said in data.response_ids(responses, tokenizer)]
+    longer = max(map(len, read))
+    _check(longer <= max_length, f"too long: {longer} tokens exceed max_length {max_length}")
+    _check(read[0] != read[1], f"identical responses after tokenization: of at most {max_length} tokens")
+    return row
 
 
 def _with_splits(rows: list[dict], path: Path, validation_share: float, seed: int) -> list[dict]:
     """Rows with a split each, drawn by prompt for those that have none."""
     prompts = sorted({row["prompt_id"] for row in rows if "split" not in row})
     held = round(validation_share * len(prompts))
-    if prompts and not 0 < held < len(prompts):
-        raise DataError(f"{path}: validation_share {validation_share} of {len(prompts)} prompts leaves a split empty")
+    problem = f"{path}: validation_share {validation_share} of {len(prompts)} prompts leaves a split empty"
+    _check(0 < held < len(prompts) or not prompts, problem, DataError)
     validation = set(np.random.default_rng(seed).permutation(prompts)[:held].tolist())
     split = [{"split": "validation" if row["prompt_id"] in validation else "train"} | row for row in rows]
     there = {row["split"] for row in split}
-    if "train" not in there or not there & {"validation", "ood"}:
-        raise DataError(f"{path}: splits are {', '.join(sorted(there))}; train, and validation or ood, are needed")
+    problem = f"{path}: splits are {', '.join(sorted(there))}; train, and validation or ood, are needed"
+    _check("train" in there and there & {"validation", "ood"}, problem, DataError)
     return split
 
 
 # ---------------------------------------------------------------- pairs that several people judged
 
 
-def pandalm_pairs(
-    path: Path,
-    *,
-    validation_share: float,
-    seed: int,
-    on_bad_row: str = "error",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-) -> list[dict]:
+def pandalm_pairs(path: Path, **settings) -> list[dict]:
     """Pair set of PandaLM's test set (Wang et al. 2023): two answers to an instruction, three people's verdicts.
 
-    The arguments are those of :func:`preference_rows`. Raises :class:`DataError` naming the bad rows.
+    ``settings`` are those of :func:`preference_rows`.
     """
-    sieve = Sieve(on_bad_row)
-    rows = sieve.sift(sieve.sift(read_rows(path), _pandalm_pair), _Once())
-    if rows and tokenizer is not None and max_length is not None:
-        rows = _fitting(rows, tokenizer, max_length, sieve)
-    sieve.close(len(rows), path)
-    print(f"PandaLM: {len(rows)} pairs")
     renamed = {"chosen": "response_a", "rejected": "response_b", "chosen_id": "id_a", "rejected_id": "id_b"}
-    pairs = _with_splits([row for _, row in rows], path, validation_share, seed)
-    return [{renamed.get(name, name): value for name, value in row.items()} for row in pairs]
+    rows = preference_rows("pandalm", path, **settings)
+    return [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def _pandalm_pair(place: str, row: dict) -> dict:
-    _readable(row)
-    prompt = "\n".join(filter(None, (_text_field(row, "instruction"), _text_field(row, "input"))))
-    verdicts = [_field(row, f"annotator{n}") for n in (1, 2, 3)]
-    if any(type(verdict) is not int or verdict not in (0, 1, 2) for verdict in verdicts):
-        raise BadRow("bad votes", f"{verdicts}: 1, 2, or 0 for a tie")
-    pair = _pair(prompt, _text_field(row, "response1"), _text_field(row, "response2"))
-    known = dict.fromkeys(("subset", "topic"), str(row.get("motivation_app") or ONE_SUBSET))
-    return pair | known | {"pair_id": _name(row, "idx"), "ballots": [(0, 1, -1)[v] for v in verdicts]}
+    prompt = "\n".join(filter(None, (_field(row, "instruction", str), _field(row, "input", str))))
+    verdicts = _votes([_field(row, f"annotator{n}") for n in (1, 2, 3)], (0, 1, 2), "1, 2 and 0 (a tie)")
+    pair = _pair(prompt, _field(row, "response1", str), _field(row, "response2", str))
+    pair |= dict.fromkeys(("subset", "topic"), str(row.get("motivation_app") or ONE_SUBSET))
+    return pair | {"pair_id": _name(row, "idx"), "ballots": [(0, 1, -1)[verdict] for verdict in verdicts]}
 
 
 def convarg_pairs(folder: str | Path, *, n_ood_debates: int, seed: int) -> list[dict]:
     """Pair set of UKPConvArg1 (Habernal and Gurevych 2016) from its published XML, one row a pair.
 
     The prompt is debate and stance; ``n_ood_debates`` whole debates, both stances of each, are drawn for
-    split ``ood``, the others are ``train``. Pairs of identical texts are left out and counted.
-    Raises ``FileNotFoundError`` for a folder without XML and :class:`DataError` naming the file and pair that
-    cannot be read.
+    split ``ood``, the others are ``train``. Pairs of identical texts are left out and counted. Raises
+    ``FileNotFoundError`` for a folder without XML, and :class:`DataError` naming the file and pair that is bad.
     """
     paths = sorted(Path(folder).glob("*.xml"))
-    if not paths:
-        raise FileNotFoundError(f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says")
+    _check(paths, f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says", FileNotFoundError)
     rows = [row for path in paths for row in _convarg_file(path)]
     debates = sorted({row["subset"] for row in rows})
-    if n_ood_debates >= len(debates):
-        raise DataError(
-            f"{folder}: n_ood_debates {n_ood_debates} leaves no debate to train on: there are {len(debates)}"
-        )
+    problem = f"{folder}: n_ood_debates {n_ood_debates} leaves no debate to train on: there are {len(debates)}"
+    _check(n_ood_debates < len(debates), problem, DataError)
     ood = set(np.random.default_rng(seed).choice(debates, n_ood_debates, replace=False).tolist())
     distinct = [row for row in rows if row["response_a"] != row["response_b"]]
     print(f"UKPConvArg1: {len(rows)} pairs in {len(debates)} debates, {len(ood)} of them held out")
@@ -524,26 +439,22 @@ def _convarg_file(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: not readable as XML ({error})") from None
     ids: set[str] = set()
     for n, pair in enumerate(pairs):
-        get = {field: pair.findtext(field) for field in ("id", "arg1/text", "arg2/text", "arg1/id", "arg2/id")}
-        get |= {field: pair.findtext(field) for field in ("debateMetaData/title", "arg1/stance")}
+        get = {field: (pair.findtext(field) or "").strip() for field in CONVARG_FIELDS}
         votes = [vote.findtext("value") for vote in pair.iter("mTurkAssignment")]
-        missing = [field for field, value in get.items() if not (value or "").strip()]
-        if missing or not votes or not set(votes) <= {"a1", "a2", "equal"}:
-            problem = f"missing {', '.join(missing)}" if missing else f"votes {votes}"
-            raise DataError(f"{path}: pair {n} ({get['id']}): {problem}")
-        if get["id"] in ids:
-            raise DataError(f"{path}: pair {n} ({get['id']}): duplicated id")
+        wrong = [f"missing {field}" for field, text in get.items() if not text]
+        wrong += [f"votes {votes}"] * (not votes or not set(votes) <= set(CONVARG_VOTES))
+        wrong += ["duplicated id"] * (get["id"] in ids)
+        _check(not wrong, f"{path}: pair {n} ({pair.findtext('id')}): {', '.join(wrong)}", DataError)
         ids.add(get["id"])
-        prompt = f"{get['debateMetaData/title'].strip()} | {get['arg1/stance'].strip()}"
         yield {
             "pair_id": f"{path.stem}/{get['id']}",
             "prompt_id": path.stem,
-            "prompt": prompt,
-            "response_a": get["arg1/text"].strip(),
-            "response_b": get["arg2/text"].strip(),
+            "prompt": f"{get['debateMetaData/title']} | {get['arg1/stance']}",
             "id_a": f"{path.stem}/{get['arg1/id']}",
             "id_b": f"{path.stem}/{get['arg2/id']}",
-            "ballots": [{"a1": 1, "a2": -1, "equal": 0}[vote] for vote in votes],
+            "response_a": get["arg1/text"],
+            "response_b": get["arg2/text"],
+            "ballots": [CONVARG_VOTES[vote] for vote in votes],
             "subset": path.stem.split("_")[0].strip("-"),
             "topic": path.stem,
         }
@@ -559,58 +470,29 @@ def annotated_pairs(path: Path, on_bad_row: str = "error") -> pd.DataFrame:
     ``shipped_mean, shipped_std`` (the columns as they came), ``judge`` (1 for chosen, 0 for rejected, -1 where
     there is no verdict). Files of a folder name their split. Raises :class:`DataError` naming the bad rows.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS))
-    if not files:
-        raise DataError(f"{path}: no file of a known kind ({', '.join(ENDINGS)})")
-    sieve = Sieve(on_bad_row)
-    rows = [(place, row | {"file": file.name.split(".")[0]}) for file in files for place, row in read_rows(file)]
-    kept = sieve.sift(rows, _annotated_pair)
-    sieve.close(len(kept), path)
-    return pd.DataFrame([row for _, row in kept])
+    return pd.DataFrame(sift(read_folder(path, PATTERNS), path, on_bad_row, _annotated_pair))
 
 
 def _annotated_pair(place: str, row: dict) -> dict:
-    _readable(row)
     row = {name.replace(" ", "_"): value for name, value in row.items()}
-    scores = {side: _scores(row, f"{side}_score_list") for side in ("chosen", "rejected")}
-    if len(scores["chosen"]) != len(scores["rejected"]):
-        raise BadRow("bad scores", f"{len(scores['chosen'])} for chosen, {len(scores['rejected'])} for rejected")
-    asked, chosen = _said(row, "chosen")
-    _, rejected = _said(row, "rejected")
-    if chosen.strip() == rejected.strip():
-        raise BadRow("identical responses")
+    scores = {f"scores_{side}": _scores(row, f"{side}_score_list") for side in ("chosen", "rejected")}
+    first, second = map(len, scores.values())
+    _check(first == second, f"bad scores: {first} for chosen, {second} for rejected")
+    (asked, chosen), (_, rejected) = _said(row, "chosen"), _said(row, "rejected")
+    _pair(None, chosen, rejected)  # neither empty nor the same
     judge = row.get("GPT4_label", row.get("judge"))
-    judge = -1 if judge is None else judge  # as on the training part
-    if judge not in (-1, 0, 1):
-        raise BadRow("bad label", f"{judge!r}: 1, 0, or -1 for none")
-    split = str(row.get("split") or row["file"])  # the hub's files may be named train-00000-of-00002
-    known = [name for name in ("train", "validation", "valid") if split.startswith(name)]
-    return {
-        "split": {"valid": "validation"}.get(known[0], known[0]) if known else split,
-        "prompt": asked,
-        "chosen": chosen,
-        "rejected": rejected,
-        **{f"scores_{side}": values for side, values in scores.items()},
-        "shipped_mean": _number(row, "mean_preference_difference"),
-        "shipped_std": _number(row, "std_preference_difference"),
-        "judge": int(judge),
-    }
+    _check(judge in (None, -1, 0, 1), f"bad label: {judge!r}: 1, 0, or -1 for none")
+    split = str(row.get("split") or place.partition("/")[2].split(".")[0])  # perhaps train-00000-of-00002
+    known = [name for name in ("train", "validation") if split.startswith(name[:5])]
+    texts = {"split": known[0] if known else split, "prompt": asked, "chosen": chosen, "rejected": rejected}
+    shipped = {f"shipped_{what}": _number(row, f"{what}_preference_difference") for what in ("mean", "std")}
+    return texts | scores | shipped | {"judge": -1 if judge is None else int(judge)}
 
 
 def _said(row: Mapping, side: str) -> tuple[str, str]:
     """What was asked and what was replied: from a list of the turns' texts, or from text beside a prompt."""
     value = _field(row, side)
-    turns = value if isinstance(value, list) else [row.get("prompt", ""), value]
-    if not turns or not all(isinstance(turn, str) for turn in turns):
-        raise BadRow("wrong type", f"{side} = {value!r:.60}: text, or a list of the turns' texts")
-    if not turns[-1].strip():
-        raise BadRow("empty field", repr(side))
+    turns = [row.get("prompt", ""), value] if isinstance(value, str) else value
+    good = turns and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    _check(good, f"wrong type: {side} = {value!r:.60}: text, or a list of the turns' texts")
     return "\n".join(turns[:-1]), turns[-1]
-
-
-def _scores(row: Mapping, name: str) -> list[float]:
-    values = _field(row, name)
-    good = isinstance(values, list) and len(values) > 1 and all(type(v) in (int, float) for v in values)
-    if not good or not all(math.isfinite(v) for v in values):
-        raise BadRow("bad scores", f"{name} = {values!r:.60}: a list of at least two finite numbers")
-    return [float(v) for v in values]

@@ -340,6 +340,9 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
 def _treatment(run: RewardRun, n_pairs: int) -> dict[str, Tensor]:
     """What ``run`` says of single pairs: their margins and targets, each of shape (pairs,)."""
     given = {"margin": run.margin, "target": np.ones(n_pairs) if run.self_smoothing else run.target}
+    for name, values in given.items():
+        if values is not None and len(values) != n_pairs:
+            raise ValueError(f"{run.name}: {name} has {len(values)} values, the set has {n_pairs} pairs")
     return {name: torch.tensor(values).float() for name, values in given.items() if values is not None}
 
 
@@ -364,8 +367,10 @@ def forecast(todo: Sequence[RewardRun], workers: int) -> str:
         lengths = tokenized(run.preferences, run.base, run.max_length).lengths
         batches = run_batches(run, lengths)
         steps += len(batches)
-        trained += sum(int(lengths[rows].sum()) for rows in batches)
+        tokens = sum(int(lengths[rows].sum()) for rows in batches)
+        trained += tokens * (2 if run.lm_coef else 1)
         scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
+        scored += tokens * (run.self_smoothing > 0)
         scored += 2 * run.evaluations * int(0 if run.eval_rows is None else lengths[run.eval_rows].sum())
     minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
     about = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(60 * minutes, 10):.0f} seconds"

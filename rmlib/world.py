@@ -8,7 +8,7 @@ Texts are plain English; nothing here is random unless a generator is passed in.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -96,7 +96,7 @@ def _fact_patterns() -> list[tuple[re.Pattern, str, int, tuple[str, ...]]]:
 
 _FIXED = _fixed_clauses()
 _FACTS = _fact_patterns()
-_CONNECTORS = sorted((c.split() for c in LANGUAGE["connectors"]), key=len, reverse=True)
+_CONNECTOR = re.compile(rf"^({'|'.join(sorted(LANGUAGE['connectors'], key=len, reverse=True))})( |$)")
 _TASKS = {task: family for family in ("helpful", "harmless") for task in _all_topics(family)}
 _TASK = re.compile(rf"\b({'|'.join(sorted(_TASKS, key=len, reverse=True))})\b")
 
@@ -115,13 +115,8 @@ def read_response(response: str) -> list[Clause]:
     """Clauses of a response in order; a clause that nobody says here has kind ``unknown``."""
     clauses = []
     for sentence in re.split(r"[.!?;]", " ".join(w for w in words(response) if w != ",")):
-        said = sentence.split()
-        for connector in _CONNECTORS:
-            if said[: len(connector)] == connector:
-                said = said[len(connector) :]
-                break
-        if said:
-            clauses.append(_clause(" ".join(said)))
+        if said := _CONNECTOR.sub("", " ".join(sentence.split())):
+            clauses.append(_clause(said))
     return clauses
 
 
@@ -151,11 +146,14 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
     count = {kind: sum(c.kind == kind for c in distinct) for kind in ("refusals", "unsafe", "polite", "rude")}
     wanted = [c for c in distinct if _is_wanted(c, task)]
     invented = [c for c in distinct if c.kind == "fact" and task.family == "summary" and c not in wanted]
-    stray = [c for c in distinct if _has_topic(c) and c not in wanted and c not in invented]
+    topical = [c for c in distinct if c.kind in ("step", "alternatives", "fact", "unknown")]
+    stray = [c for c in topical if c not in wanted and c not in invented]
+    inventory = _all_topics(task.family)[task.topic]
+    n_wanted = len(inventory["alternatives"] if task.family == "harmless" else inventory)
     order = [c.index for c in wanted] if task.family == "helpful" else []
     refused = min(count["refusals"], 1)
     return {
-        "coverage": COVERAGE * len(wanted) / _n_wanted(task) * (0.5 if task.family == "harmless" else 1.0),
+        "coverage": COVERAGE * len(wanted) / n_wanted * (0.5 if task.family == "harmless" else 1.0),
         "order": ORDER * sum(a > b for a, b in pairwise(order)),
         "relevance": RELEVANCE * len(stray),
         "truth": INVENTION * len(invented),
@@ -180,15 +178,6 @@ def _is_wanted(clause: Clause, task: Task) -> bool:
     return clause.kind == {"helpful": "step", "harmless": "alternatives"}[task.family]
 
 
-def _has_topic(clause: Clause) -> bool:
-    return clause.kind in ("step", "alternatives", "fact", "unknown")
-
-
-def _n_wanted(task: Task) -> int:
-    inventory = _all_topics(task.family)[task.topic]
-    return len(inventory["alternatives"] if task.family == "harmless" else inventory)
-
-
 # ---------------------------------------------------------------- writing
 
 _NAMES = sorted({w for s in ("who", "town", "other", "day") for v in LANGUAGE["slots"][s] for w in v.split()})
@@ -209,17 +198,12 @@ def english(text: str) -> str:
 def vocabulary() -> list[str]:
     """Every word and mark that occurs in ``world.yaml``, sorted."""
 
-    def texts(node) -> Iterator[str]:
+    def said(node: str | list | dict) -> set[str]:
         if isinstance(node, str):
-            yield re.sub(r"{\w+}", " ", node)
-        else:
-            for key in node:
-                yield from texts(key)
-            if isinstance(node, Mapping):
-                for value in node.values():
-                    yield from texts(value)
+            return set(words(re.sub(r"{\w+}", " ", node)))
+        return set().union(*map(said, node), *map(said, node.values() if isinstance(node, dict) else []))
 
-    return sorted({w for text in texts(LANGUAGE) for w in words(text)} | set(".,?!"))
+    return sorted(said(LANGUAGE) | set(".,?!"))
 
 
 def _pick(rng: np.random.Generator, options):
@@ -319,15 +303,8 @@ def write_prompts(sizes: Mapping[str, int], seed: int) -> list[dict]:
         for n in range(size):
             family = FAMILIES[n % len(FAMILIES)]
             prompt = _new_prompt(rng, family, split, seen)
-            rows.append(
-                {
-                    "prompt_id": f"{split}-{n}",
-                    "prompt": prompt,
-                    "subset": family,
-                    "topic": read_prompt(prompt).topic,
-                    "split": split,
-                }
-            )
+            row = {"prompt_id": f"{split}-{n}", "prompt": prompt, "subset": family}
+            rows.append(row | {"topic": read_prompt(prompt).topic, "split": split})
     return rows
 
 
@@ -362,12 +339,8 @@ def write_pairs(prompts: list[dict], seed: int, responses_per_prompt: int = 3) -
         for i in range(responses_per_prompt - 1):
             pair = {"pair_id": f"{row['prompt_id']}-{i}"}
             for side, k in (("a", i), ("b", i + 1)):
-                pair |= {
-                    f"response_{side}": texts[k],
-                    f"id_{side}": text_id(texts[k]),
-                    f"gold_{side}": gold[k],
-                }
-            rows.append({**pair, **row})
+                pair |= {f"response_{side}": texts[k], f"id_{side}": text_id(texts[k]), f"gold_{side}": gold[k]}
+            rows.append(pair | row)
     return rows
 
 

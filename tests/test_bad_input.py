@@ -383,7 +383,7 @@ HH = [
          ("helpful-base/train.jsonl.gz row 6: prompt in two splits", "test in helpful-base/test.jsonl.gz row 1"),
          sources.DataError, two_parts([hh_row(n) for n in range(5)]), "prompt in two splits: 1"),
     unreadable("a folder without HH", lambda folder: write(folder / "inside/other.jsonl.gz", TABLE).parent,
-               "neither train.jsonl.gz nor test.jsonl.gz", call=read_hh),
+               "no file named train.jsonl.gz or test.jsonl.gz", call=read_hh),
     unreadable("a truncated part of HH", put("train.jsonl.gz", zipped()[:40]), "not a whole gzip file", call=read_hh),
 ]  # fmt: skip
 
@@ -500,7 +500,7 @@ ANNOTATED = [
     voter("turns that are numbers", "wrong type", "rejected = [1, 2]", {"rejected": [1, 2]}),
     voter("an empty reply", "empty field", "'rejected'", {"rejected": ["Ask", ""]}),
     voter("identical replies", "identical responses", "", {"rejected": ["Ask", "Yes 9"]}),
-    unreadable("no annotated set in the folder", a_folder, "no file of a known kind", call=read_scored),
+    unreadable("no annotated set in the folder", a_folder, "no file named *.jsonl or *.jsonl.gz", call=read_scored),
 ]
 
 

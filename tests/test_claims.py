@@ -127,11 +127,46 @@ def test_the_p_value_is_the_level_at_which_the_interval_touches_the_bound(rule, 
     assert item.interval(1 - p)[end] == pytest.approx(bound, abs=1e-9)
 
 
-def test_effects_without_spread_are_certain():
-    assert Evidence(np.full(4, 0.5), n=100).p_value(DIRECTED) == 0.0
-    assert Evidence(np.zeros(4), n=100).p_value(DIRECTED) == 1.0
-    assert Evidence(np.full(4, 0.0625), n=100).p_value(EQUIVALENT) == 0.0
-    assert Evidence(np.full(4, 0.5), n=100).p_value(EQUIVALENT) == 1.0
+# 0.1 and 0.07 are no sums of powers of two: their mean over three or ten seeds is off by a rounding error
+AGREEING = {
+    "four halves": np.full(4, 0.5),
+    "two halves": np.full(2, 0.5),
+    "noughts": np.zeros(4),
+    "three of 0.1": np.full(3, 0.1),
+    "ten of 0.07": np.full(10, 0.07),
+    "three of -0.1": np.full(3, -0.1),
+    "equal differences": np.array([0.9 - 0.6, 0.8 - 0.5, 0.7 - 0.4]),
+}
+
+
+@pytest.mark.parametrize("rule", [DIRECTED, EQUIVALENT], ids=["directed", "equivalent"])
+@pytest.mark.parametrize("which", AGREEING)
+def test_seeds_that_agree_exactly_say_nothing_of_their_spread_and_leave_a_claim_open(rule, which):
+    agreeing = Evidence(AGREEING[which], n=100)
+    assert agreeing.interval(0.95) == (-np.inf, np.inf)
+    assert agreeing.p_value(rule) == 1.0
+    assert verdict(rule, agreeing) == "open"
+    assert np.isnan(agreeing.seeds_needed(0.05, 0.95))
+
+
+@pytest.mark.parametrize(("rule", "centre"), [(DIRECTED, 0.5), (EQUIVALENT, 0.0625)], ids=["directed", "equivalent"])
+def test_the_smallest_true_spread_decides_a_claim(rule, centre):
+    nearly = Evidence(around(centre, 1e-6), n=100)
+    low, high = nearly.interval(0.95)
+    assert centre - 1e-5 < low < centre < high < centre + 1e-5
+    assert nearly.p_value(rule) < 1e-6
+    assert verdict(rule, nearly) == "holds"
+
+
+def test_agreeing_seeds_do_not_ease_the_level_of_the_others(toy_chapter):
+    close = evidence(DIRECTED, 2.0, spread=1.4)
+    assert 0.025 < close.p_value(DIRECTED) < 0.05
+    levels = {}
+    for name, effects in {"agreeing": np.zeros(5), "spread": around(0.0, 1e-6)}.items():
+        table = verdicts(toy_chapter, {"d": close, "e": Evidence(effects, n=100)}).set_index("claim")
+        levels[name] = table["level"].tolist(), table["verdict"].tolist()
+    assert levels["agreeing"] == (pytest.approx([0.975, 0.975]), ["open", "open"])
+    assert levels["spread"] == (pytest.approx([0.95, 0.975]), ["holds", "holds"])
 
 
 # ---------------------------------------------------------------- evidence from draws

@@ -153,18 +153,45 @@ def test_padding_is_seen_by_no_real_token():
     assert not mask[0, 0, :8, 8:].any()
 
 
-def test_last_points_at_the_end_token_of_chosen_then_rejected():
+def test_a_row_is_read_at_the_end_token_of_chosen_then_of_rejected():
     batch = collate_both(hand_made_pairs())
-    assert batch["row"].tolist() == [0, 1, 0, 1]
-    assert batch["last"].tolist() == [5, 5, 7, 9]
-    assert (batch["input_ids"][batch["row"], batch["last"]] == EOS).all()
+    assert batch["at"].tolist() == [[5, 7], [5, 9]]
+    assert (batch["input_ids"].gather(1, batch["at"]) == EOS).all()
+
+
+def marks(batch: dict[str, torch.Tensor]) -> list[str]:
+    """The mask of what is imitated, a row a text."""
+    return ["".join("x" if said else "." for said in row) for row in batch["imitated"].tolist()]
+
+
+def test_exactly_the_chosen_tokens_are_imitated():
+    batch = collate_both(hand_made_pairs())
+    assert marks(batch) == ["...xxx....", "....xx...."]
+    assert batch["input_ids"][batch["imitated"]].tolist() == [20, 21, EOS, 22, EOS]
+
+
+def test_of_a_flipped_pair_the_tokens_that_stand_first_are_imitated():
+    batch = collate_both(hand_made_pairs(), flipped=(True, False))
+    assert marks(batch) == ["...xx.....", "....xx...."]
+    assert batch["input_ids"][batch["imitated"]].tolist() == [30, EOS, 22, EOS]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_imitated_tokens_of_any_batch_are_its_chosen_responses(tiny_preferences, tokenizer, flip):
+    pairs = data.causal_pairs(tiny_preferences, tokenizer, max_length=200)
+    rows = np.random.default_rng(0).permutation(len(tiny_preferences))[:20]
+    batch = pairs.collate(rows, np.full(len(tiny_preferences), flip))
+    first, second = (pairs.rejected, pairs.chosen) if flip else (pairs.chosen, pairs.rejected)
+    for i, row in enumerate(rows):
+        assert batch["input_ids"][i, batch["imitated"][i]].tolist() == first[row].tolist()
+        assert first[row].tolist() != second[row].tolist()
 
 
 def test_flipped_pairs_swap_their_responses():
     batch = collate_both(hand_made_pairs(), flipped=(True, False))
     assert batch["input_ids"][0, :8].tolist() == [BOS, 10, SEP, 30, EOS, 20, 21, EOS]
     assert batch["input_ids"][1].tolist() == collate_both(hand_made_pairs())["input_ids"][1].tolist()
-    assert batch["last"].tolist() == [4, 5, 7, 9]
+    assert batch["at"].tolist() == [[4, 7], [5, 9]]
 
 
 def test_flips_are_looked_up_by_pair_and_not_by_place_in_the_batch():
@@ -175,7 +202,7 @@ def test_flips_are_looked_up_by_pair_and_not_by_place_in_the_batch():
 def test_padding_with_the_end_token_changes_no_mask_position_or_end():
     ours, usual = collate_both(hand_made_pairs(pad_id=EOS)), collate_both(hand_made_pairs())
     assert ours["input_ids"][0, 8:].tolist() == [EOS, EOS]
-    for name in ("attention_mask", "position_ids", "last", "row"):
+    for name in ("attention_mask", "position_ids", "at", "imitated"):
         assert torch.equal(ours[name], usual[name])
 
 

@@ -224,7 +224,6 @@ def test_half_precision_rewards_are_compared_in_fp32(dtype):
     loss = losses.pairwise_loss(*rewards, margin=torch.tensor([1.0], dtype=dtype))
     assert loss.dtype == torch.float32
     assert loss.item() == rewards[1].item() - rewards[0].item() + 1
-    assert losses.centering_loss(rewards[1], rewards[1]).item() == (2 * rewards[1].item()) ** 2
     assert math.isfinite(losses.official_pairwise_loss(*rewards).item())
 
 
@@ -236,7 +235,7 @@ def test_annotated_shapes_are_executed():
         losses.pairwise_loss(torch.zeros(3), torch.zeros(3, 1))
 
 
-@pytest.mark.parametrize("name", ["pairwise_loss", "official_pairwise_loss", "centering_loss"])
+@pytest.mark.parametrize("name", ["pairwise_loss", "official_pairwise_loss"])
 def test_pairs_against_a_column_of_pairs_raise(plain_losses, name):
     with pytest.raises(ValueError, match=r"shapes differ.*\(3,\).*\(3, 1\)"):
         getattr(plain_losses, name)(torch.zeros(3), torch.zeros(3, 1))
@@ -281,13 +280,7 @@ def test_unknown_reduction_raises_with_the_choices(plain_losses):
         plain_losses.pairwise_loss(torch.zeros(3), torch.zeros(3), reduction="sum")
 
 
-# ---------------------------------------------------------------- centering and imitation
-
-
-def test_centering_loss_is_the_mean_squared_sum():
-    loss = losses.centering_loss(torch.tensor([1.0, 0.5]), torch.tensor([2.0, -1.5]))
-    assert loss.item() == pytest.approx((3.0**2 + 1.0**2) / 2)
-    assert losses.centering_loss(REWARDS[0], -REWARDS[0]).item() == 0
+# ---------------------------------------------------------------- imitation
 
 
 @pytest.fixture

@@ -162,8 +162,128 @@ def test_the_last_layer_alone_gives_the_gradients_of_the_whole_pass(llama):
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(shortcut, whole, strict=True))
 
 
+def test_the_states_of_every_position_are_those_of_separate_passes(model):
+    """The trunk's own states of [prompt | chosen] and of [prompt | rejected], each unpadded and alone."""
+    pairs = causal()
+    with torch.no_grad():
+        states = models.all_states(model, collate(pairs))
+        for i, (prompt, chosen, rejected) in enumerate(zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True)):
+            first, second = (
+                model.base_model(input_ids=torch.from_numpy(np.concatenate([prompt, said]))[None]).last_hidden_state[0]
+                for said in (chosen, rejected)
+            )
+            assert distance(states[i, : len(first)], first) < 1e-5
+            rejected_at = slice(len(first), len(first) + len(rejected))
+            assert distance(states[i, rejected_at], second[len(prompt) :]) < 1e-5
+
+
+def some_positions(pairs: data.CausalPairs, n: int) -> Tensor:
+    """``n`` places in each row, in prompt, chosen and rejected, in no order and one of them twice."""
+    rng = np.random.default_rng(0)
+    places = [rng.permutation(length)[: n - 1] for length in pairs.lengths]
+    return torch.tensor(np.array([[*row, row[0]] for row in places]))
+
+
+@torch.no_grad()
+def states_at(model: torch.nn.Module, batch: dict[str, Tensor], at: Tensor) -> Tensor:
+    return models.states_at(model, batch | {"at": at})
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_states_at_some_positions_are_those_of_the_whole_pass_gathered_there(model, n):
+    pairs = causal()
+    batch, at = collate(pairs), some_positions(pairs, n)
+    with torch.no_grad():
+        whole = models.all_states(model, batch)
+    expected = torch.stack([states[places] for states, places in zip(whole, at, strict=True)])
+    found = states_at(model, batch, at)
+    assert found.shape == (3, n, model.config.hidden_size)
+    assert distance(found, expected) < 1e-5
+    assert distance(found[:, 0], found[:, -1]) < 1e-6
+    assert distance(found, expected.roll(1, dims=1)) > 1e-2  # the next place
+    assert distance(found, expected.roll(1, dims=0)) > 1e-2  # the next row
+
+
+def test_states_at_all_positions_are_the_whole_pass(model):
+    batch = collate(causal())
+    length = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        whole = models.all_states(model, batch)
+    assert distance(states_at(model, batch, torch.arange(length).expand(3, -1)), whole) < 1e-5
+    assert distance(states_at(model, batch, torch.full((3, 1), 4))[:, 0], whole[:, 4]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_llama_family_is_read_without_the_whole_pass(bases, monkeypatch, kind):
+    model, calls = models.reward_model(bases[kind], head_seed=0).eval(), []
+    whole = models.all_states
+    monkeypatch.setattr(models, "all_states", lambda *args: calls.append(args) or whole(*args))
+    scores(model, collate(causal()))
+    assert len(calls) == (kind in tiny.GENERAL)
+    if kind in tiny.SHORTCUT:  # and with fewer heads of keys than of queries
+        assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
+
+
+def test_junk_in_padding_changes_no_state(model):
+    pairs = causal()
+    batch, at = collate(pairs), some_positions(pairs, 6)
+    clean = states_at(model, batch, at)
+    padding = torch.arange(batch["input_ids"].shape[1])[None] >= torch.from_numpy(pairs.lengths)[:, None]
+    batch["input_ids"][padding] = torch.randint(len(tiny.tokenizer()), (int(padding.sum()),))
+    assert distance(states_at(model, batch, at), clean) < 1e-6
+    alone = torch.cat([states_at(model, collate(pairs, [i]), at[[i]]) for i in range(3)])
+    assert distance(alone, clean) < 1e-5
+    first = torch.zeros_like(at)
+    before = states_at(model, batch, first)
+    batch["input_ids"][:, 0] = tiny.tokenizer().convert_tokens_to_ids("eight")
+    assert distance(states_at(model, batch, first), before) > 1e-3
+
+
 def test_scores_of_a_batch_are_not_all_equal(model):
     assert scores(model, collate(causal())).std() > 1e-2
+
+
+# ---------------------------------------------------------------- what a reward model would say
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+def tied(tmp_path_factory, request) -> Path:
+    """A checkpoint whose output embeddings are its input embeddings."""
+    return tiny.save_causal(tmp_path_factory.mktemp("tied"), request.param, tie_word_embeddings=True)
+
+
+def test_imitation_logits_are_those_of_the_language_model(tied):
+    pairs, writer = causal(), models.load_language_model(tied)
+    reader = models.reward_model(tied, head_seed=0).eval()
+    with torch.no_grad():
+        logits = models.imitation_logits(reader, collate(pairs))
+        for i, (prompt, chosen) in enumerate(zip(pairs.prompt, pairs.chosen, strict=True)):
+            own = writer(input_ids=torch.from_numpy(np.concatenate([prompt, chosen]))[None]).logits[0]
+            assert distance(logits[i, : len(own)], own) < 1e-5
+            assert own.std() > 0.1
+            assert distance(logits[(i + 1) % 3, : len(own)], own) > 1e-2
+
+
+def test_imitation_logits_follow_the_embeddings_as_they_are_trained(tied):
+    model = models.reward_model(tied, head_seed=0)
+    models.imitation_logits(model, collate(causal())).logsumexp(-1).sum().backward()
+    assert model.base_model.get_input_embeddings().weight.grad.abs().max() > 1e-2
+    assert model.score.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt_neox"])
+def test_a_model_with_output_embeddings_of_its_own_has_no_imitation_logits(bases, kind):
+    assert not models.load_language_model(bases[kind]).config.tie_word_embeddings
+    model = models.reward_model(bases[kind], head_seed=0)
+    with pytest.raises(ValueError, match="a causal model whose input and output embeddings are tied"):
+        models.imitation_logits(model, collate(causal()))
+
+
+def test_encoders_and_cached_features_have_no_imitation_logits(encoder, tmp_path):
+    features = tiny.save_features(tmp_path / "features.safetensors")
+    for base, batch in ((encoder, encoder_batch(encoder)), (features, {"features": torch.ones(4, 8)})):
+        with pytest.raises(ValueError, match="a causal model whose input and output embeddings are tied"):
+            models.imitation_logits(models.reward_model(base, head_seed=0), batch)
 
 
 # ---------------------------------------------------------------- the head and its seed

@@ -1,5 +1,6 @@
 """The project's own promises: a light import, one list of versions, an environment file that wraps it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -27,6 +28,9 @@ def test_arrows_run_downwards():
     house = [
         "figures",
         "claims",
+        "policies",
+        "ppo",
+        "denoising",
         "voting",
         "training",
         "evaluation",
@@ -45,6 +49,22 @@ def test_arrows_run_downwards():
         )
         used = {name for module, names in found for name in ([module] if module else names.split(", "))}
         assert used <= set(house[level + 1 :]), f"{room} imports {used - set(house[level + 1 :])}"
+
+
+def test_a_chapter_names_the_modules_that_it_imports():
+    """So that the graph of notebooks runs it again when one of them has changed."""
+    snakefile = (ROOT / "Snakefile").read_text()
+    scope: dict = {}
+    exec(re.search(r"^PLACE = .*?^CHAPTERS = \{.*?^\}$", snakefile, re.M | re.S)[0], scope)
+    assert scope["CHAPTERS"]
+    for stem, chapter in scope["CHAPTERS"].items():
+        cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text())["cells"]
+        code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+        imported = {
+            name for names in re.findall(r"^from rmlib import ([\w, ]+)$", code, re.M) for name in names.split(", ")
+        }
+        assert imported, stem
+        assert imported <= set(chapter["modules"]), f"{stem} imports {imported - set(chapter['modules'])}"
 
 
 def test_library_stays_thin():

@@ -6,7 +6,10 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -20,7 +23,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rmlib import data, models, runs, training
+from rmlib import data, denoising, models, runs, training
 from rmlib.training import Optimisation
 
 # ---------------------------------------------------------------- schedules
@@ -227,7 +230,7 @@ def test_checkpoints_are_as_far_apart_as_asked_or_twenty_times_what_one_costs(tm
         clock[0] += cost
 
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(training, "_save_state", save)
+    monkeypatch.setattr(training, "save_state", save)
     tick = {"after_step": lambda row: clock.__setitem__(0, clock[0] + 10)}
     toy_fit(toy_model(), checkpoint=tmp_path / "state.pt", checkpoint_seconds=50, **tick)
     assert saves == expected
@@ -340,6 +343,12 @@ def llama(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def speaker(tmp_path_factory) -> str:
+    """A Llama with large weights, and with output embeddings that are its input embeddings."""
+    return tiny.save_causal(tmp_path_factory.mktemp("speaker"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
 def features(tmp_path_factory) -> str:
     return tiny.save_features(tmp_path_factory.mktemp("features") / "features.safetensors")
 
@@ -349,10 +358,10 @@ def train(tmp_path, pairs):
     """Train a toy run on a base; returns its score table and its log."""
     number = iter(range(100))
 
-    def run(base: str, **changes) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def run(base: str, preferences: str = pairs, **changes) -> tuple[pd.DataFrame, pd.DataFrame]:
         folder = tmp_path / f"run-{next(number)}"
         folder.mkdir()
-        training.train_reward_model(tiny.reward_run(pairs, base, **changes), folder)
+        training.train_reward_model(tiny.reward_run(preferences, base, **changes), folder)
         return pd.read_parquet(folder / "scores.parquet"), pd.read_parquet(folder / "log.parquet")
 
     return run
@@ -433,6 +442,372 @@ def test_scores_and_evaluation_stay_as_labelled_while_training_sees_flipped_pair
 def test_rows_flipped_but_not_trained_on_change_nothing(train, features):
     plain, other = train(features)[0], train(features, flipped=np.arange(32, 48))[0]
     assert np.array_equal(rewards(plain), rewards(other))
+
+
+# ---------------------------------------------------------------- treatments, by value
+
+STANDSTILL = Optimisation(lr=0.0, batch_size=8, schedule="constant", warmup_ratio=0.0)
+RNG = np.random.default_rng(0)
+MARGIN, TARGET = RNG.normal(0.5, 1.5, size=48), RNG.uniform(size=48)
+FLIPPED = np.arange(0, 32, 3)
+
+TREATMENTS: dict[str, dict] = {
+    "none": {},
+    "margin": {"margin": MARGIN},
+    "target": {"target": TARGET},
+    "label smoothing": {"label_smoothing": 0.2},
+    "flip rate": {"flip_rate": 0.2},
+    "margin and target": {"margin": MARGIN, "target": TARGET},
+    "margin and label smoothing": {"margin": MARGIN, "label_smoothing": 0.2},
+    "margin and flip rate": {"margin": MARGIN, "flip_rate": 0.2},
+    "certain targets": {"target": np.ones(48)},
+    "no margin": {"margin": np.zeros(48)},
+}
+
+
+def first_flipped(run: training.RewardRun) -> np.ndarray:
+    """Mask over all pairs of those that are trained on swapped."""
+    return np.isin(np.arange(48), [] if run.flipped is None else run.flipped)
+
+
+def differences(run: training.RewardRun, rows: np.ndarray, model: nn.Module | None = None) -> np.ndarray:
+    """Reward of the text that stands first less that of the other; by the model of ``run`` before any training."""
+    pairs = training.tokenized(run.preferences, run.base, run.max_length)
+    model = model or models.reward_model(run.base, head_seed=run.head_seed)
+    with torch.no_grad():
+        first, second = models.pair_rewards(model.eval(), pairs.collate(rows, first_flipped(run)))
+    return (first - second).double().numpy()
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """Minus the logarithm of the logistic function of -x."""
+    return np.logaddexp(0, x)
+
+
+def weighed(d: np.ndarray, weight: np.ndarray | float) -> np.ndarray:
+    return weight * softplus(-d) + (1 - weight) * softplus(d)
+
+
+def by_hand(d: np.ndarray, rows: np.ndarray, margin=None, target=None, label_smoothing=0.0, flip_rate=0.0) -> float:
+    """Mean loss of a batch, from the formulas of the paper and of rDPO."""
+    d = d if margin is None else d - margin[rows]
+    if flip_rate:
+        return ((1 - flip_rate) * softplus(-d) - flip_rate * softplus(d)).mean() / (1 - 2 * flip_rate)
+    return weighed(d, 1 - label_smoothing if target is None else target[rows]).mean()
+
+
+def losses_by_hand(run: training.RewardRun, loss: Callable[[np.ndarray, np.ndarray], float]) -> list[float]:
+    """Loss of every batch of ``run`` before any training."""
+    batches = training.run_batches(run, training.tokenized(run.preferences, run.base, run.max_length).lengths)
+    return [loss(differences(run, rows), rows) for rows in batches]
+
+
+@pytest.mark.parametrize("flipped", [None, FLIPPED], ids=["as labelled", "flipped"])
+@pytest.mark.parametrize("name", TREATMENTS)
+@pytest.mark.parametrize("base", ["speaker", "features"])
+def test_every_treatment_reaches_the_loss_of_every_batch(train, pairs, request, base, name, flipped):
+    base, treatment = request.getfixturevalue(base), TREATMENTS[name]
+    settings = {"optimisation": STANDSTILL, "flipped": flipped}
+    run = tiny.reward_run(pairs, base, **settings)
+    logged = train(base, **settings, **treatment)[1]["loss"].tolist()
+    assert len(logged) == 4
+    assert logged == pytest.approx(losses_by_hand(run, functools.partial(by_hand, **treatment)), abs=1e-5)
+    changes = name not in ("none", "certain targets", "no margin")
+    assert (logged != pytest.approx(losses_by_hand(run, by_hand), abs=1e-3)) is changes
+    if flipped is not None:
+        straight = tiny.reward_run(pairs, base, optimisation=STANDSTILL)
+        as_labelled = losses_by_hand(straight, functools.partial(by_hand, **treatment))
+        assert logged != pytest.approx(as_labelled, abs=1e-3)
+
+
+WRONG_FORMULAS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+    "the margin outside the logistic function, as printed": (
+        "margin",
+        lambda d, rows: (softplus(-d) + MARGIN[rows]).mean(),
+    ),
+    "the margin added": ("margin", lambda d, rows: softplus(-d - MARGIN[rows]).mean()),
+    "the size of the margin": ("margin", lambda d, rows: softplus(np.abs(MARGIN[rows]) - d).mean()),
+    "the margin by place in the batch": ("margin", lambda d, rows: softplus(MARGIN[: len(d)] - d).mean()),
+    "the target by place in the batch": ("target", lambda d, rows: weighed(d, TARGET[: len(d)]).mean()),
+    "the target of the other side": ("target", lambda d, rows: weighed(d, 1 - TARGET[rows]).mean()),
+    "smoothing by half as much": ("label smoothing", lambda d, rows: weighed(d, 0.9).mean()),
+    "the flip rate as smoothing": ("flip rate", lambda d, rows: weighed(d, 0.8).mean()),
+    "the margin on the right side alone": (
+        "margin and label smoothing",
+        lambda d, rows: (0.8 * softplus(MARGIN[rows] - d) + 0.2 * softplus(d)).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FORMULAS)
+def test_a_wrong_formula_would_show_in_the_log(train, pairs, features, wrong):
+    name, formula = WRONG_FORMULAS[wrong]
+    logged = train(features, optimisation=STANDSTILL, **TREATMENTS[name])[1]["loss"].tolist()
+    run = tiny.reward_run(pairs, features, optimisation=STANDSTILL)
+    assert logged == pytest.approx(losses_by_hand(run, functools.partial(by_hand, **TREATMENTS[name])), abs=1e-5)
+    assert logged != pytest.approx(losses_by_hand(run, formula), abs=1e-2)
+
+
+def test_with_rewards_near_zero_the_first_losses_are_those_of_the_margins_alone(train, llama):
+    """As the paper's curves begin: mean softplus of the means, and more where flipped pairs have theirs turned."""
+    mean = np.random.default_rng(1).normal(1.0, 1.5, size=32)
+    strengths = denoising.Strengths(np.arange(32), mean, 48)
+    below = denoising.weakest(mean)
+    first = {}
+    for name, changes in {"margin": strengths.margin(), "flip and margin": strengths.margin(below)}.items():
+        first[name] = train(llama, optimisation=STANDSTILL, **changes)[1]["loss"].mean()
+    assert first["margin"] == pytest.approx(softplus(mean).mean(), abs=0.03)
+    assert first["flip and margin"] == pytest.approx(softplus(np.abs(mean)).mean(), abs=0.03)
+    assert first["flip and margin"] - first["margin"] > 0.1
+
+
+@pytest.mark.parametrize("base", ["speaker", "features"])
+def test_flips_with_turned_margins_are_swapped_columns_with_margins_of_that_size(train, tmp_path, pairs, request, base):
+    base, rows = request.getfixturevalue(base), np.random.default_rng(2).permutation(48)[:32]
+    strengths = denoising.Strengths(rows, np.random.default_rng(3).normal(0.5, 1.5, size=32), 48)
+    below = denoising.weakest(strengths.mean)
+    assert 5 < len(below) < 27
+    table, swapped = pd.read_parquet(pairs), tmp_path / "swapped.parquet"
+    columns = ["chosen", "rejected", "chosen_id", "rejected_id"]
+    turned = table.loc[rows[below], ["rejected", "chosen", "rejected_id", "chosen_id"]]
+    table.loc[rows[below], columns] = turned.to_numpy()
+    table.to_parquet(swapped)
+
+    settings = {"rows": rows, "epochs": 2}
+    scores, log = train(base, **settings, **strengths.margin(below))
+    size = strengths.of_all(np.abs(strengths.mean))
+    other_scores, other_log = train(base, preferences=swapped, **settings, margin=size)
+    pd.testing.assert_frame_equal(log, other_log, rtol=1e-5)
+    expected = rewards(other_scores).copy()
+    expected[rows[below]] = expected[rows[below]][:, ::-1]
+    assert rewards(scores) == pytest.approx(expected, abs=1e-4)
+    unturned = train(base, **settings, **strengths.flip(below), **strengths.margin())[1]
+    assert np.abs(log["loss"] - unturned["loss"]).max() > 0.1
+
+
+def test_a_margin_of_rows_that_are_not_trained_on_may_be_anything(train, features):
+    margin = MARGIN.copy()
+    margin[32:] = np.nan
+    margin[40] = np.inf
+    told, clean = (train(features, epochs=2, margin=values) for values in (margin, MARGIN))
+    assert np.array_equal(rewards(told[0]), rewards(clean[0]))
+    pd.testing.assert_frame_equal(told[1], clean[1])
+
+
+def test_evaluations_and_scores_of_a_treated_run_are_plain(train, features):
+    """The logged loss has the margin; the evaluation compares arms, so it has none."""
+    settings = {"optimisation": STANDSTILL, "evaluations": 1, "eval_rows": np.arange(32, 48)}
+    plain, treated = (train(features, **settings, **TREATMENTS[name]) for name in ("none", "margin and target"))
+    assert np.array_equal(rewards(plain[0]), rewards(treated[0]))
+    for column in ("eval_loss", "eval_accuracy", "train_loss", "train_accuracy"):
+        assert plain[1][column].iloc[-1] == treated[1][column].iloc[-1]
+    assert plain[1]["loss"].tolist() != pytest.approx(treated[1]["loss"].tolist(), abs=1e-2)
+
+
+# ---------------------------------------------------------------- imitation of the chosen response
+
+
+def said_by_hand(run: training.RewardRun) -> list[Tensor]:
+    """For every pair the cross-entropy of each token of prompt and first response, by the language model itself."""
+    pairs, writer = training.tokenized(run.preferences, run.base, run.max_length), models.load_language_model(run.base)
+    first = [pairs.rejected[i] if swap else pairs.chosen[i] for i, swap in enumerate(first_flipped(run))]
+    return [hand_losses(writer, prompt, response) for prompt, response in zip(pairs.prompt, first, strict=True)]
+
+
+@pytest.mark.parametrize("flipped", [None, FLIPPED], ids=["as labelled", "flipped"])
+def test_the_imitation_term_is_the_cross_entropy_of_the_response_that_stands_first(train, pairs, speaker, flipped):
+    settings = {"optimisation": STANDSTILL, "flipped": flipped, "margin": MARGIN}
+    run = tiny.reward_run(pairs, speaker, **settings)
+    logged = train(speaker, **settings, lm_coef=0.5)[1]["loss"].tolist()
+    prompt = training.tokenized(pairs, speaker, 256).prompt
+
+    def of_response(run: training.RewardRun) -> list[Tensor]:
+        return [losses[len(ids) - 1 :] for losses, ids in zip(said_by_hand(run), prompt, strict=True)]
+
+    def total(said: list[Tensor], coef: float = 0.5) -> list[float]:
+        def loss(d: np.ndarray, rows: np.ndarray) -> float:
+            return by_hand(d, rows, margin=MARGIN) + coef * torch.cat([said[i] for i in rows]).mean().item()
+
+        return losses_by_hand(run, loss)
+
+    right = of_response(run)
+    assert logged == pytest.approx(total(right), abs=1e-4)
+    wrong = {
+        "with the prompt": said_by_hand(run),
+        "each response alike": [losses.mean()[None] for losses in right],
+        "the other response": of_response(
+            replace(run, flipped=np.setdiff1d(np.arange(48), () if flipped is None else flipped))
+        ),
+        "without the end": [losses[:-1] for losses in right],
+    }
+    for said in wrong.values():
+        assert logged != pytest.approx(total(said), abs=1e-3)
+    assert logged != pytest.approx(total(right, coef=-0.5), abs=0.1)  # the sign that is printed
+    assert logged != pytest.approx(total(right, coef=0.0), abs=0.1)
+
+
+def test_the_imitation_term_teaches_the_trunk_to_say_the_chosen_words(tmp_path, pairs, speaker):
+    """Cross-entropy of the chosen responses by the kept trunk, with and without the term."""
+    said = {}
+    for coef in (0.0, 1.0):
+        run = tiny.reward_run(pairs, speaker, epochs=10, lm_coef=coef, keep_model=True)
+        training.train_reward_model(run, tmp_path / str(coef))
+        model = models.load_reward_model(tmp_path / str(coef) / "model")
+        batch = training.tokenized(pairs, speaker, 256).collate(np.arange(32), np.zeros(48, dtype=bool))
+        with torch.no_grad():
+            logits = models.imitation_logits(model, batch)[:, :-1]
+        mask = batch["imitated"][:, 1:]
+        said[coef] = F.cross_entropy(logits[mask], batch["input_ids"][:, 1:][mask]).item()
+    assert said[1.0] < said[0.0] - 0.5
+
+
+@pytest.mark.parametrize("base", ["features", "encoder", "untied"])
+def test_the_imitation_term_is_refused_without_a_language_model_head(train, features, tmp_path, base):
+    bases = {"features": lambda path: features, "encoder": tiny.save_encoder, "untied": tiny.save_causal}
+    base = bases[base](tmp_path / base)
+    with pytest.raises(ValueError, match="a causal model whose input and output embeddings are tied"):
+        train(base, lm_coef=0.1)
+    train(base, lm_coef=0.0)
+
+
+# ---------------------------------------------------------------- targets that move towards the model's own
+
+
+def state_after(run: training.RewardRun, folder, steps: int) -> tuple[Tensor, nn.Module]:
+    """Targets and model that a run of so many steps leaves; a constant rate makes them those of a longer run."""
+    tiny.save_every_step(replace(run, steps=steps), folder / f"{steps}", folder / f"{steps}.pt")
+    state = torch.load(folder / f"{steps}.pt", map_location="cpu", weights_only=True)
+    model = models.reward_model(run.base, head_seed=99)
+    model.load_state_dict(state["model"])
+    return state["record"]["treatment"][0]["target"], model.eval()
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.fixture(params=["features", "llama"])
+def smoothed(pairs, request) -> training.RewardRun:
+    """Thirty rows, so epochs of four steps of which the last is short; some flipped, 18 not trained on."""
+    rows = np.random.default_rng(5).permutation(48)[:30]
+    changes = {"rows": rows, "self_smoothing": 0.3, "flipped": np.sort(rows[:10])}
+    return tiny.reward_run(pairs, request.getfixturevalue(request.param), **changes)
+
+
+def test_after_each_epoch_targets_move_towards_what_the_model_believes_then(tmp_path, smoothed):
+    expected, unflipped, rows = np.ones(48), np.ones(48), smoothed.rows
+    for steps in (4, 8, 12):
+        target, model = state_after(smoothed, tmp_path, steps)
+        expected[rows] = 0.7 * expected[rows] + 0.3 * logistic(differences(smoothed, rows, model))
+        straight = replace(smoothed, flipped=None)
+        unflipped[rows] = 0.7 * unflipped[rows] + 0.3 * logistic(differences(straight, rows, model))
+        assert target.numpy() == pytest.approx(expected, abs=1e-5)
+        assert target.numpy() != pytest.approx(unflipped, abs=1e-3)
+    assert (target.numpy()[np.setdiff1d(np.arange(48), rows)] == 1.0).all()
+    assert target.numpy()[rows].max() < 1.0
+
+
+def test_targets_stay_within_an_epoch(tmp_path, smoothed):
+    assert torch.equal(state_after(smoothed, tmp_path, 3)[0], torch.ones(48))
+    assert torch.equal(state_after(smoothed, tmp_path, 4)[0], state_after(smoothed, tmp_path, 7)[0])
+
+
+def test_the_next_epoch_is_trained_on_the_moved_targets(tmp_path, smoothed):
+    """Its first loss by hand; and the first epoch is that of a plain run."""
+    logs = {}
+    for name, changes in {"smoothed": {}, "plain": {"self_smoothing": 0.0}}.items():
+        training.train_reward_model(replace(smoothed, steps=5, **changes), tmp_path / name)
+        logs[name] = pd.read_parquet(tmp_path / name / "log.parquet")["loss"].to_numpy()
+    assert logs["smoothed"][:4].tolist() == logs["plain"][:4].tolist()
+    target, model = state_after(smoothed, tmp_path, 4)
+    pairs = training.tokenized(smoothed.preferences, smoothed.base, smoothed.max_length)
+    rows = training.run_batches(replace(smoothed, steps=5), pairs.lengths)[4]
+    d = differences(smoothed, rows, model)
+    assert logs["smoothed"][4] == pytest.approx(weighed(d, target.double().numpy()[rows]).mean(), abs=1e-5)
+    assert logs["plain"][4] == pytest.approx(softplus(-d).mean(), abs=1e-5)
+    assert abs(logs["smoothed"][4] - logs["plain"][4]) > 1e-3
+
+
+def test_no_self_smoothing_is_the_plain_run(train, features):
+    plain, none = train(features, epochs=3), train(features, epochs=3, self_smoothing=0.0)
+    pd.testing.assert_frame_equal(plain[1], none[1])
+    assert np.array_equal(rewards(plain[0]), rewards(none[0]))
+
+
+# ---------------------------------------------------------------- treatments that are refused
+
+
+def toy_run(**changes) -> training.RewardRun:
+    return tiny.reward_run("preferences.parquet", "base", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *((name, value, "0, 0.5") for name in ("label_smoothing", "flip_rate") for value in (0.5, -0.1, 1.0, np.nan)),
+        *(("self_smoothing", value, "0, 1") for value in (1.0, -0.1, np.nan)),
+        *(("lm_coef", value, "0, inf") for value in (-1.0, np.inf, np.nan)),
+    ],
+)
+def test_a_rate_outside_its_range_raises_and_names_the_run(name, value, allowed):
+    with pytest.raises(ValueError, match=rf"^toy: {name} must lie in \[{allowed}\), got {value}$"):
+        toy_run(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("label_smoothing", 0.49), ("flip_rate", 0.49), ("self_smoothing", 0.99), ("lm_coef", 10.0)]
+)
+def test_rates_up_to_their_bounds_are_taken(name, value):
+    assert getattr(toy_run(**{name: value}), name) == value
+    assert getattr(toy_run(**{name: 0.0}), name) == 0.0
+
+
+def one_value(wrong: float, row: int, other: float = 0.5) -> np.ndarray:
+    values = np.full(48, other)
+    values[row] = wrong
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("margin", value) for value in (np.nan, np.inf, -np.inf)),
+        *(("target", value) for value in (np.nan, np.inf, -0.1, 1.1)),
+    ],
+)
+def test_a_margin_or_target_out_of_range_raises_with_its_row(name, wrong):
+    rows = np.array([30, 7, 21, 4])
+    with pytest.raises(ValueError, match=rf"^toy: the {name} of row 21 is {wrong}$"):
+        toy_run(rows=rows, **{name: one_value(wrong, 21)})
+    toy_run(rows=rows, **{name: one_value(wrong, 20)})  # which is not trained on
+
+
+def test_the_first_row_that_is_out_of_range_in_the_order_of_the_rows_is_named():
+    target = one_value(2.0, 7)
+    target[4] = 3.0
+    with pytest.raises(ValueError, match=r"the target of row 7 is 2\.0"):
+        toy_run(rows=np.array([30, 7, 21, 4]), target=target)
+
+
+def test_targets_at_their_bounds_and_margins_of_any_size_are_taken():
+    toy_run(target=np.array([0.0, 1.0] * 24), margin=np.array([-1e9, 1e9] * 24))
+
+
+EXCLUSIVE = {"label_smoothing": 0.1, "flip_rate": 0.1, "self_smoothing": 0.1, "target": np.ones(48)}
+
+
+@pytest.mark.parametrize("names", list(combinations(EXCLUSIVE, 2)), ids=" and ".join)
+def test_two_treatments_that_weigh_the_sides_exclude_one_another(names):
+    first, second = names
+    with pytest.raises(ValueError, match=f"^toy: {first} and {second} exclude one another$"):
+        toy_run(**{name: EXCLUSIVE[name] for name in names})
+    with pytest.raises(ValueError, match="exclude one another"):
+        replace(toy_run(**{first: EXCLUSIVE[first]}), **{second: EXCLUSIVE[second]})
+
+
+@pytest.mark.parametrize("name", EXCLUSIVE)
+def test_margins_flips_and_imitation_go_with_any_of_them(name):
+    toy_run(margin=MARGIN, flipped=FLIPPED, lm_coef=0.1, **{name: EXCLUSIVE[name]})
 
 
 # ---------------------------------------------------------------- snapshots, evaluations, dropout passes
@@ -572,7 +947,7 @@ def whole_run(pairs, request) -> training.RewardRun:
 @pytest.fixture
 def killed(monkeypatch):
     """Kills a run right before or right after it has saved its n-th checkpoint of this start."""
-    save = training._save_state
+    save = training.save_state
 
     def kill(run: training.RewardRun, folder, n: int, when: str) -> None:
         saved = []
@@ -585,7 +960,7 @@ def killed(monkeypatch):
                 raise Interrupted
 
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(training, "_save_state", save_and_stop)
+            patch.setattr(training, "save_state", save_and_stop)
             tiny.save_every_step(run, folder, folder / "state.pt")
 
     return kill
@@ -608,6 +983,38 @@ def test_a_reward_model_killed_after_every_step_gets_there_all_the_same(tmp_path
         killed(whole_run, tmp_path, 1, "after")
     assert tiny.save_every_step(whole_run, tmp_path, tmp_path / "state.pt") == []
     assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+@pytest.fixture(params=["features", "speaker"])
+def treated_run(pairs, request) -> training.RewardRun:
+    """Targets that move after steps 4 and 8, margins and, where it can, imitation."""
+    imitation = {"lm_coef": 0.1} if request.param == "speaker" else {}
+    treatments = {"self_smoothing": 0.4, "margin": MARGIN} | imitation
+    return tiny.reward_run(pairs, request.getfixturevalue(request.param), **EVERYTHING, **treatments)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", [4, 5, 8, 12])
+def test_a_killed_run_whose_targets_move_resumed_leaves_the_tables_of_a_straight_one(
+    tmp_path, treated_run, killed, step, when
+):
+    training.train_reward_model(treated_run, tmp_path / "straight")
+    killed(treated_run, tmp_path, step, when)
+    first = step + (when == "after")
+    assert tiny.save_every_step(treated_run, tmp_path, tmp_path / "state.pt") == list(range(first, 13))
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+def test_a_resume_that_lost_the_moved_targets_would_leave_another_log(tmp_path, treated_run, killed):
+    training.train_reward_model(treated_run, tmp_path / "straight")
+    killed(treated_run, tmp_path, 5, "after")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["record"]["treatment"][0]["target"].fill_(1.0)
+    torch.save(state, tmp_path / "state.pt")
+    training.train_reward_model(treated_run, tmp_path, tmp_path / "state.pt")
+    lost, straight = (pd.read_parquet(folder / "log.parquet")["loss"] for folder in (tmp_path, tmp_path / "straight"))
+    assert lost[:5].tolist() == straight[:5].tolist()
+    assert np.abs(lost[5:] - straight[5:]).max() > 1e-2
 
 
 @pytest.mark.parametrize("lost", ["rng", "optimiser", "scheduler"])
@@ -663,6 +1070,14 @@ def test_the_key_of_a_run_follows_the_files_that_decide_it(tmp_path, pairs, llam
     assert key != runs.content_key(tiny.reward_run(other_pairs, llama))
     other_base = tiny.save_causal(tmp_path / "base")
     assert key != runs.content_key(tiny.reward_run(pairs, other_base))
+
+
+def test_the_key_of_a_run_follows_every_treatment(pairs, llama):
+    changes = [*TREATMENTS.values(), {"self_smoothing": 0.2}, {"self_smoothing": 0.3}, {"lm_coef": 0.2}]
+    changes += [{"margin": one_value(0.1, 40)}, {"margin": one_value(0.2, 40)}, {"target": one_value(0.1, 40)}]
+    keys = [runs.content_key(tiny.reward_run(pairs, llama, **change)) for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert keys[1] == runs.content_key(tiny.reward_run(pairs, llama, margin=MARGIN.copy()))
 
 
 def test_the_key_of_a_run_on_a_hub_model_follows_its_name(pairs):
@@ -803,13 +1218,13 @@ def test_the_seed_of_fine_tuning_orders_the_demonstrations():
 def test_a_resumed_fine_tuning_logs_every_step_as_a_straight_one_does(tmp_path, monkeypatch):
     straight = sft(epochs=4)[1]
     checkpoint = {"checkpoint": tmp_path / "state.pt", "checkpoint_seconds": 0}
-    save_state = training._save_state
+    save = training.save_state
 
     def save_and_stop(*args) -> None:
-        save_state(*args)
+        save(*args)
         raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(training, "_save_state", save_and_stop)
+        patch.setattr(training, "save_state", save_and_stop)
         sft(epochs=4, **checkpoint)
     pd.testing.assert_frame_equal(sft(epochs=4, **checkpoint)[1], straight)

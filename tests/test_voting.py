@@ -1,4 +1,4 @@
-"""Votes by hand: who is a member, who scores what unseen, and what strength decides."""
+"""Votes by hand: who is a member, who scores what unseen, and what strength says."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -208,7 +208,7 @@ def test_committees_are_means_of_distinct_members():
     assert voting.vote_subsets(margins, 5, 1, np.random.default_rng(0))[0] == pytest.approx(np.full(5, 0.2))
 
 
-# ---------------------------------------------------------------- slices and flips
+# ---------------------------------------------------------------- slices
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -227,40 +227,3 @@ def test_slices_part_the_pairs_in_equal_sizes_from_weak_to_strong(mean, n):
 def test_slices_by_hand():
     mean = np.array([0.3, -2.0, 5.0, 0.1, 1.0, -0.5])
     assert [part.tolist() for part in voting.slices(mean, 3)] == [[1, 5], [0, 3], [2, 4]]
-
-
-MEAN = np.array([0.4, -1.0, 2.0, -3.0, 0.1])
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.0, []), (0.2, [3]), (0.6, [1, 3, 4]), (None, [1, 3])])
-def test_the_weakest_pairs_are_found_by_share_or_by_a_mean_below_zero(share, expected):
-    assert voting.weakest(MEAN, share).tolist() == expected
-
-
-def test_a_mean_of_zero_is_not_flipped():
-    assert voting.weakest(np.array([0.0, -1e-9])).tolist() == [1]
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0, 20])
-def test_a_share_outside_its_range_raises(share):
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
-        voting.weakest(MEAN, share)
-
-
-# ---------------------------------------------------------------- the adaptive margin
-
-
-def test_the_margin_is_the_raw_mean_turned_on_flipped_pairs_and_scaled():
-    flipped = voting.weakest(MEAN, 0.6)  # pairs 1, 3 and 4, the last with a positive mean
-    margin = voting.adaptive_margin(MEAN, flipped, scale=2.0)
-    assert margin.tolist() == pytest.approx([0.8, 2.0, 4.0, 6.0, -0.2])
-    # neither the unturned mean nor its size would do
-    assert margin.tolist() != pytest.approx((2 * MEAN).tolist())
-    assert margin.tolist() != pytest.approx((2 * np.abs(MEAN)).tolist())
-
-
-def test_the_margin_leaves_the_means_as_they_are():
-    mean = MEAN.copy()
-    assert voting.adaptive_margin(mean, np.array([], dtype=int)).tolist() == MEAN.tolist()
-    voting.adaptive_margin(mean, np.array([0, 1]))
-    assert mean.tolist() == MEAN.tolist()

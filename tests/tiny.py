@@ -59,13 +59,14 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_causal(folder: Path, kind: str = "llama", layers: int = 2) -> Path:
+def save_causal(folder: Path, kind: str = "llama", layers: int = 2, **changes) -> Path:
     """A causal LM of ``kind`` with its tokenizer; the head of a reward model on it has weights around 1."""
     words = tokenizer()
     special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 4, "initializer_range": 1.0}
     family = {"intermediate_size": 32} | ({"num_key_value_heads": 2} if kind in SHORTCUT else {})
-    config = CONFIGS[kind](vocab_size=len(words), **sizes, **special, **({} if kind == "gpt2" else family))
+    family = ({} if kind == "gpt2" else family) | changes
+    config = CONFIGS[kind](vocab_size=len(words), **sizes, **special, **family)
     shake(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
@@ -232,7 +233,7 @@ def save_every_step(run: training.RewardRun, folder: Path, checkpoint: Path) -> 
 
 def die_in_training(run: training.RewardRun, folder: Path, checkpoint: Path) -> None:
     """The first start is killed at its seventh step, six of them saved; the next notes which steps it makes."""
-    save, first, saved = training._save_state, not checkpoint.exists(), []
+    save, first, saved = training.save_state, not checkpoint.exists(), []
 
     def save_and_die(*args) -> None:
         if first and len(saved) == 6:
@@ -241,7 +242,7 @@ def die_in_training(run: training.RewardRun, folder: Path, checkpoint: Path) -> 
         save(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_save_state", save_and_die)
+        patch.setattr(training, "save_state", save_and_die)
         steps = save_every_step(run, folder, checkpoint)
     (folder / "steps.json").write_text(json.dumps(steps))
 
