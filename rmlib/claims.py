@@ -4,6 +4,7 @@ A rule names one metric whose sign the paper predicts. An *effect* is that metri
 labels, ensemble and training. ``verdicts`` turns effects into *holds*, *fails* or *open*.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -159,6 +160,12 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
     rules = RULES[chapter]
     if set(rules) != set(evidence):
         raise KeyError(f"claims without evidence or rule: {sorted(set(rules) ^ set(evidence))}")
+    draws = min((len(item.draws) for item in evidence.values() if item.draws is not None), default=np.inf)
+    if 2 / draws > ALPHA / len(rules):
+        print(
+            f"{chapter}: {draws} draws cannot decide {len(rules)} claims at {ALPHA}; verdicts stay open",
+            file=sys.stderr,
+        )
     levels = holm_levels({claim: item.p_value(rules[claim]) for claim, item in evidence.items()})
     rows = []
     for claim, rule in rules.items():

@@ -150,28 +150,6 @@ class CausalPairs:
 
 
 @dataclass(frozen=True)
-class EncoderPairs:
-    """Token ids of pairs for an encoder: chosen rows first, then rejected ones, each with its prompt."""
-
-    chosen: list[list[int]]
-    rejected: list[list[int]]
-    pad_id: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each pair's longer text, shape (pairs,)."""
-        return np.array([max(len(c), len(r)) for c, r in zip(self.chosen, self.rejected, strict=True)])
-
-    def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
-        """Batch of ``rows``; where ``flipped`` is true, the two responses swap places."""
-        first = [torch.tensor(self.rejected[i] if flipped[i] else self.chosen[i]) for i in rows]
-        second = [torch.tensor(self.chosen[i] if flipped[i] else self.rejected[i]) for i in rows]
-        ids = pad_sequence(first + second, batch_first=True, padding_value=self.pad_id)
-        length = torch.tensor([len(tokens) for tokens in first + second])[:, None]
-        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1])[None] < length).long()}
-
-
-@dataclass(frozen=True)
 class FeaturePairs:
     """Cached features of pairs: ``features`` (responses, hidden) and each pair's two rows in it."""
 
@@ -228,27 +206,9 @@ def response_ids(responses: list[str], tokenizer) -> list[np.ndarray]:
     return [np.array([*tokens, tokenizer.eos_token_id]) for tokens in ids]
 
 
-def encoder_pairs(preferences: Dataset, tokenizer, max_length: int) -> EncoderPairs:
-    """Tokenize for an encoder; texts over ``max_length`` tokens are cut and counted."""
-    prompts = list(preferences["prompt"])
-    whole, read = (
-        [encoder_ids(prompts, list(preferences[side]), tokenizer, length) for side in ("chosen", "rejected")]
-        for length in (None, max_length)
-    )
-    cut = sum(len(tokens) > max_length for side in whole for tokens in side)
-    if cut:
-        print(f"  cut to {max_length} tokens: {cut} of {2 * len(preferences)} texts")
-    return EncoderPairs(*read, tokenizer.pad_token_id)
-
-
 def is_encoder(tokenizer) -> bool:
     """Whether a tokenizer belongs to an encoder: only those open a text with a token to classify it by."""
     return tokenizer.cls_token_id is not None
-
-
-def encoder_ids(prompts: list[str], responses: list[str], tokenizer, max_length: int | None) -> list[list[int]]:
-    """Token ids of prompt and response together, the longer of the two cut first where they exceed ``max_length``."""
-    return tokenizer(prompts, responses, truncation=max_length is not None, max_length=max_length)["input_ids"]
 
 
 def feature_pairs(preferences: Dataset, features: Tensor, ids: list[str]) -> FeaturePairs:
@@ -260,7 +220,7 @@ def feature_pairs(preferences: Dataset, features: Tensor, ids: list[str]) -> Fea
 
 @dataclass(frozen=True)
 class Responses:
-    """Token ids of prompts and sampled responses, for policies and their critics."""
+    """Token ids of prompts and responses: demonstrations, or what a policy has said."""
 
     prompt: list[np.ndarray]
     response: list[np.ndarray]
@@ -292,26 +252,3 @@ class Responses:
             "at": before.clamp(max=end),
             "end": end,
         }
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """Token ids of prompts and answers for supervised fine-tuning."""
-
-    prompt: list[np.ndarray]
-    response: list[np.ndarray]
-    pad_id: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens in each demonstration, shape (demonstrations,)."""
-        return np.array([len(p) + len(r) for p, r in zip(self.prompt, self.response, strict=True)])
-
-    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Right-padded ``input_ids`` and ``loss_mask``, true on response tokens, both (batch, length)."""
-        texts = [torch.from_numpy(np.concatenate([self.prompt[i], self.response[i]])) for i in rows]
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id)
-        start = torch.tensor([len(self.prompt[i]) for i in rows])[:, None]
-        end = torch.tensor([len(text) for text in texts])[:, None]
-        at = torch.arange(ids.shape[1])[None]
-        return {"input_ids": ids, "loss_mask": (at >= start) & (at < end)}

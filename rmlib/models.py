@@ -1,8 +1,7 @@
 """Tokenizers, language models and reward models: standard ``transformers`` classes, scored in one place.
 
 A reward model is a ``...ForSequenceClassification`` checkpoint with one label and no bias, read at the
-last real token (causal models) or at the pooled first one (encoders); a *frozen* one is a small trained
-head on cached encoder features. ``pair_rewards`` scores all of them.
+last real token; a *frozen* one is a small trained head on cached encoder features. ``pair_rewards`` scores all of them.
 """
 
 import importlib.util
@@ -149,7 +148,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> nn.Module:
     """A reward model on a pretrained ``base``: its trunk, and a new scalar head drawn after seeding.
 
-    ``base`` is a causal LM or an encoder (folder, package or hub name), or a feature file
+    ``base`` is a causal LM (folder, package or hub name), or a file of an encoder's cached features
     (``*.safetensors``), which gives a :class:`FrozenRewardModel`. ``dropout`` acts inside attention
     (causal models), or on the features (frozen). Raises ``ValueError`` naming ``base`` for a model that has no
     such place, has several labels already, or whose weights are broken, not finite, or missing from its trunk.
@@ -168,10 +167,8 @@ def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> n
     if dropout:
         config.attention_dropout = dropout
     model, missing = _from_checkpoint(AutoModelForSequenceClassification, base, config=config)
-    if lost := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
+    if lost := [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]:
         raise ValueError(f"{base}: weights are missing: {', '.join(lost)}")
-    if hasattr(model, "classifier"):  # encoders carry a bias that no difference can learn: pin it at zero
-        model.classifier.bias.requires_grad_(False).zero_()
     return model
 
 
@@ -250,6 +247,22 @@ def states_at(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return trunk.norm(_layer_at(trunk.layers[-1], hidden, rotary, mask, row, at))
 
 
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a causal LM whose logits are not its output embedding of the last hidden states.
+
+    Some architectures scale or cap them afterwards; what is trained here would then not be what is sampled.
+    """
+    training, at = model.training, torch.arange(4, device=model.device)
+    model.eval()
+    batch = {"input_ids": at[None], "position_ids": at[None], "at": at[None]}
+    batch["attention_mask"] = (at[:, None] >= at[None])[None, None]
+    ours, plain = model.get_output_embeddings()(states_at(model, batch)), model(input_ids=at[None]).logits
+    model.train(training)
+    if not torch.allclose(ours, plain, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{model.config.model_type}: its logits are changed after the output embedding")
+
+
 def all_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Last-layer hidden states of a causal model at every position, shape (rows, length, hidden)."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
@@ -283,7 +296,7 @@ def _layer_at(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], m
 def imitation_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Next-token logits of a reward model's trunk through its input embeddings, shape (rows, length, vocabulary).
 
-    The language-model head of Part I's imitation term. Raises ``ValueError`` for a model without one: an encoder,
+    The language-model head of Part I's imitation term. Raises ``ValueError`` for a model without one:
     cached features, or a causal model whose output embeddings are not its input embeddings.
     """
     if "at" not in batch or not model.config.get_text_config().tie_word_embeddings:
@@ -295,9 +308,7 @@ def rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Rewards of all responses in a batch, shape (responses,), fp32; which kind of batch decides how."""
     if "features" in batch:
         return model(batch["features"])
-    if "at" in batch:
-        return model.score(states_at(model, batch))[..., 0].float().T.flatten()
-    return model(**batch).logits[:, 0].float()
+    return model.score(states_at(model, batch))[..., 0].float().T.flatten()
 
 
 def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
 ShareOrOne = Annotated[float, Field(gt=0, le=1)]
-BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
+BelowHalf = Annotated[float, Field(gt=0, lt=0.5)]
 Name = Annotated[str, Field(min_length=1)]
 Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
@@ -64,7 +64,8 @@ def _world_and_data(p) -> None:
         raise ValueError(f"hidden_size = {p.hidden_size} is no even multiple of heads = {p.heads}")
 
 
-def _policies(p) -> None:
+def check_ppo(p) -> None:
+    """Raise ``ValueError`` for settings of PPO that exclude one another."""
     if p.reward_norm and p.reward_scaling:
         raise ValueError("reward_norm and reward_scaling exclude one another")
     if p.num_mini_batches > p.batch_size * p.rollouts_per_prompt:
@@ -128,7 +129,7 @@ CHAPTERS: dict[str, type[Plain]] = {
         {
             Positive: "lr",
             PositiveOrZero: "lm_coef",
-            Schedule: "schedule",
+            Schedule: "schedule policy_schedule",
             ShareOrZero: "warmup_ratio dropout",
             Share: "self_smoothing",
             BelowHalf: "alpha",
@@ -152,11 +153,11 @@ CHAPTERS: dict[str, type[Plain]] = {
             Annotated[float, Field(ge=0, le=1)]: "lam",
             Literal["k1", "k3"]: "kl_estimator",
             bool: "whiten_advantages reward_norm reward_scaling variants",
-            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked",
+            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked answers_each",
             AtLeastTwo: "best_of",
             CountOrZero: "warmup_steps workers",
         },
-        fits=_policies,
+        fits=check_ppo,
     ),
 }
 

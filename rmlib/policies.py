@@ -3,6 +3,7 @@ r"""Policies trained on reward models, and what they are worth: units of work, j
 A policy's distance from the SFT model is $d = \sqrt{\mathrm{KL}}$ in nats a response (Gao et al., arXiv 2210.10760).
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def train_policy_run(run: PolicyRun, folder: Path, checkpoint: Path | None = Non
         gold_fn=gold_of_texts if run.has_gold else None,
         checkpoint=checkpoint,
     )
-    said = answer(policy, tokenizer, run.asked, seed=run.seed, **run.settings.sampling)
+    draw = zlib.crc32(run.name.encode())  # no two policies answer from the same random numbers
+    said = answer(policy, tokenizer, run.asked, seed=draw, **run.settings.sampling)
     answers = pd.DataFrame({"prompt": run.asked, "response": said, "reward": reward_fn(list(run.asked), said)})
     if run.has_gold:
         answers["gold"] = gold_of_texts(run.asked, said)
@@ -137,6 +139,8 @@ def over_optimisation(distance: np.ndarray, gain: np.ndarray, kind: str) -> tupl
 
 
 def at_kl(kl: np.ndarray, values: np.ndarray, level: float) -> float:
-    """``values`` along a training run where its KL, made monotone, first reaches ``level``; NaN if never."""
-    reached = np.maximum.accumulate(kl)
-    return float(np.interp(level, reached, values)) if reached[0] <= level <= reached[-1] else float("nan")
+    """``values`` of a training run where its KL first reaches ``level``, between two steps; NaN if it never does."""
+    if not (kl >= level).any() or kl[0] > level:
+        return float("nan")
+    k = int(np.argmax(kl >= level))
+    return float(values[0] if k == 0 else np.interp(level, kl[k - 1 : k + 1], values[k - 1 : k + 1]))

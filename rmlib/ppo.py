@@ -6,25 +6,29 @@ Tensors of shape (responses, tokens) run over the tokens of each response, its e
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from rmlib import data, models, training
+from rmlib.params import Count, CountOrZero, Positive, PositiveOrZero, ShareOrOne, check_ppo
 
 PerToken = Float[Tensor, "responses tokens"]
 Mask = Bool[Tensor, "responses tokens"]
 TextReward = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Settings:
     """How a policy is trained; the switches of the official code ("PPO-max") under the field's names.
 
@@ -32,50 +36,42 @@ class Settings:
     Scores lose ``missing_eos_penalty`` where a response was cut at ``max_new_tokens``; then ``reward_norm``
     standardises them in their batch, or ``reward_scaling`` divides them by the standard deviation of all scores so far;
     ``reward_clip`` bounds them. Training stops after a step whose KL exceeds ``max_kl`` nats a response.
-    ``None`` switches a clip off. Raises ``ValueError`` for values out of range.
+    ``None`` switches a clip off. Raises ``ValueError`` naming a field that is out of range.
     """
 
-    steps: int
-    lr: float
-    critic_lr: float
-    max_new_tokens: int
-    batch_size: int = 64
-    rollouts_per_prompt: int = 1
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 1
-    warmup_steps: int = 0
-    kl_coef: float = 0.0
+    steps: Count
+    lr: Positive
+    critic_lr: Positive
+    max_new_tokens: Count
+    batch_size: Count = 64
+    rollouts_per_prompt: Count = 1
+    num_ppo_epochs: Count = 4
+    num_mini_batches: Count = 1
+    warmup_steps: CountOrZero = 0
+    kl_coef: PositiveOrZero = 0.0
     kl_estimator: Literal["k1", "k3"] = "k1"
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float | None = 0.2
-    cliprange_value: float | None = 0.2
-    vf_coef: float = 1.0
-    entropy_coef: float = 0.0
+    gamma: ShareOrOne = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    cliprange: Positive | None = 0.2
+    cliprange_value: Positive | None = 0.2
+    vf_coef: Positive = 1.0
+    entropy_coef: PositiveOrZero = 0.0
     whiten_advantages: bool = False
-    advantage_clip: float | None = None
+    advantage_clip: Positive | None = None
     reward_norm: bool = False
     reward_scaling: bool = False
-    reward_clip: float | None = None
-    missing_eos_penalty: float = 0.0
-    max_kl: float | None = None
-    max_grad_norm: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    reward_clip: Positive | None = None
+    missing_eos_penalty: PositiveOrZero = 0.0
+    max_kl: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    temperature: Positive = 1.0
+    top_p: ShareOrOne = 1.0
+    repetition_penalty: Positive = 1.0
 
-    def __post_init__(self):
-        if self.kl_estimator not in ("k1", "k3"):
-            raise ValueError(f"unknown kl_estimator {self.kl_estimator!r}; choose from k1, k3")
-        if self.reward_norm and self.reward_scaling:
-            raise ValueError("reward_norm and reward_scaling exclude one another")
-        for name in ("steps", "batch_size", "rollouts_per_prompt", "num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_mini_batches > self.batch_size * self.rollouts_per_prompt:
-            raise ValueError(f"num_mini_batches = {self.num_mini_batches} exceeds the responses of a step")
-        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise ValueError(f"gamma and lam must lie in [0, 1], got {self.gamma} and {self.lam}")
+    @model_validator(mode="after")
+    def _fits(self):
+        check_ppo(self)
+        return self
 
     @property
     def sampling(self) -> dict:
@@ -101,9 +97,12 @@ def masked_whiten(values: PerToken, mask: Mask) -> PerToken:
 def kl_per_token(logprobs: PerToken, ref_logprobs: PerToken, estimator: str = "k1") -> PerToken:
     r"""Estimates of $\mathrm{KL}(\pi \| \pi_{ref})$ at tokens drawn from $\pi$, in nats; both forms are unbiased.
 
-    With $\delta = \log\pi - \log\pi_{ref}$: k1 is $\delta$, k3 is $e^{-\delta} - 1 + \delta$.
+    With $\delta = \log\pi - \log\pi_{ref}$: k1 is $\delta$, k3 is $e^{-\delta} - 1 + \delta$. As *penalties*
+    they are not alike: the policy gradient of k1 is that of the KL, that of k3 nearly vanishes close to the reference.
     """
     ratio = logprobs - ref_logprobs
+    if estimator not in ("k1", "k3"):
+        raise ValueError(f"unknown estimator {estimator!r}; choose from k1, k3")
     return ratio if estimator == "k1" else torch.expm1(-ratio) + ratio
 
 
@@ -172,6 +171,7 @@ def value_loss(
     values: PerToken, old_values: PerToken, returns: PerToken, mask: Mask, *, cliprange_value: float | None
 ) -> Float[Tensor, ""]:
     """Half the squared error of the critic, the worse of it and of the clipped value's; a mean over tokens."""
+    values, old_values, returns = (torch.where(mask, tensor, 0.0) for tensor in (values, old_values, returns))
     errors = (values - returns).square()
     if cliprange_value is not None:
         clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
@@ -222,14 +222,13 @@ def token_values(critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _of_all(measure: Callable, model: nn.Module, texts: data.Responses, shape: torch.Size, size: int) -> Tensor:
-    """``measure(model, batch)`` of all responses in batches of similar length, on the CPU; 0 beyond each response."""
+def _of_all(measure: Callable, model: nn.Module, texts: data.Responses, shape: tuple[int, ...], size: int) -> Tensor:
+    """``measure(model, batch)`` of all responses in batches of similar length, on the CPU."""
     out, device = torch.zeros(shape), next(model.parameters()).device
     for rows in data.score_batches(texts.lengths, np.arange(shape[0]), size):
         batch = {name: tensor.to(device) for name, tensor in texts.collate(rows).items()}
-        with training.accelerator().autocast():
-            values = measure(model, batch)
-        out[torch.from_numpy(rows), : values.shape[1]] = torch.where(batch["mask"], values.float(), 0.0).cpu()
+        values = measure(model, batch)
+        out[torch.from_numpy(rows), : values.shape[1]] = values.float().cpu()
     return out
 
 
@@ -265,7 +264,8 @@ def rollout(
     mask = torch.arange(max(map(len, actions)))[None] < torch.tensor([len(tokens) for tokens in actions])[:, None]
 
     def measured(measure: Callable, model: nn.Module) -> Tensor:
-        return _of_all(measure, model, texts, mask.shape, micro_batch_size)
+        with training.accelerator().autocast():
+            return torch.where(mask, _of_all(measure, model, texts, mask.shape, micro_batch_size), 0.0)
 
     logprobs, ref_logprobs = (measured(token_logprobs, m) for m in (policy, reference))
     values = measured(token_values, critic)
@@ -312,19 +312,19 @@ def ppo_step(
         seen |= {"policy_loss": actor.item(), "value_loss": error.item(), "entropy": spread.item()}
         stats = {name: stats.get(name, 0.0) + share * value for name, value in seen.items()}
     for model in (policy, critic):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm, error_if_nonfinite=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf, error_if_nonfinite=True)
     optimiser.step()
     return stats
 
 
 def shaped_scores(scores: Tensor, ended: np.ndarray, settings: Settings, past: list[float]) -> Tensor:
-    """Scores as the policy is paid: penalty, normalisation or scaling, clip; ``past`` gains the scores of this step."""
+    """Scores as the policy is paid: penalty, normalisation or scaling (by all scores, which ``past`` keeps), clip."""
     scores = scores - settings.missing_eos_penalty * torch.from_numpy(~ended).float()
-    past += scores.tolist()
     if settings.reward_norm:
-        scores = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+        scores = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-4)
     if settings.reward_scaling:
-        scores = scores / (np.std(past) + 1e-8)
+        past += scores.tolist()
+        scores = scores / (np.std(past) if np.std(past) > 1e-4 else 1.0)  # equal scores have no scale yet
     return scores if settings.reward_clip is None else scores.clamp(-settings.reward_clip, settings.reward_clip)
 
 
@@ -360,7 +360,11 @@ def learn(
 
 
 def check_policy(policy: nn.Module, tokenizer, prompts: list[str], settings: Settings) -> None:
-    """Raise ``ValueError`` for a tokenizer without an end token, and for a prompt whose answer may not fit."""
+    """Raise ``ValueError`` for a tokenizer without an end token, and for a prompt whose answer may not fit.
+
+    Also for what :func:`rmlib.models.check_head` refuses.
+    """
+    models.check_head(policy)
     if tokenizer.eos_token_id is None:
         raise ValueError("the policy's tokenizer has no end-of-text token: it could never end a response")
     context = getattr(policy.config, "max_position_embeddings", np.inf)
@@ -406,8 +410,6 @@ def train_policy(
     saved = time.monotonic()
     shown = {round(k * (settings.steps - 1) / 4) + 1 for k in range(5)}
     for step in range(len(record["log"]) + 1, settings.steps + 1):
-        if record["log"] and settings.max_kl is not None and record["log"][-1]["kl"] > settings.max_kl:
-            break
         rng = np.random.default_rng([seed, step])
         warm = min(1.0, step / max(settings.warmup_steps, 1))
         for group, lr in zip(optimiser.param_groups, (settings.lr, settings.critic_lr), strict=True):
@@ -421,9 +423,12 @@ def train_policy(
         stats = learn(policy, critic, optimiser, experience, settings, rng, record["past_scores"])
         times = {"sampling": sampled - began, "learning": time.perf_counter() - sampled}
         record["log"].append({"step": step} | _described(experience, gold_fn) | stats | times)
-        if step in shown:
+        too_far = settings.max_kl is not None and record["log"][-1]["kl"] > settings.max_kl
+        if step in shown or too_far:
             texts = zip(asked[:n_samples], experience.responses, experience.scores.tolist(), strict=False)
             record["samples"] += [{"step": step, "prompt": q, "response": a, "reward": r} for q, a, r in texts]
+        if too_far:
+            break
         if checkpoint and time.monotonic() - saved >= checkpoint_seconds:
             training.save_state(checkpoint, state, record)
             saved = time.monotonic()
@@ -447,17 +452,16 @@ def _described(experience: Experience, gold_fn: TextReward | None) -> dict[str, 
 def reward_of_texts(model: nn.Module, tokenizer, *, mean: float = 0.0, std: float = 1.0, batch_size: int = 64):
     """A causal reward model as ``reward_fn(prompts, responses)``: (its reward - ``mean``) / ``std``, shape (texts,).
 
-    It reads texts as in training: one beginning token, the prompt, the response and its end token.
+    It reads texts as in training, without dropout: one beginning token, the prompt, the response and its end token.
     """
+    model.eval()
 
-    @torch.no_grad()
+    def at_end(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return models.rewards(model, batch | {"at": batch["end"]})[:, None]
+
     def reward_fn(prompts: list[str], responses: list[str]) -> Tensor:
         asked, said = data.prompt_ids(prompts, tokenizer), data.response_ids(responses, tokenizer)
-        texts, device = data.Responses(asked, said, tokenizer.pad_token_id), next(model.parameters()).device
-        out = torch.empty(len(prompts))
-        for rows in data.score_batches(texts.lengths, np.arange(len(prompts)), batch_size):
-            batch = {name: tensor.to(device) for name, tensor in texts.collate(rows).items()}
-            out[torch.from_numpy(rows)] = models.rewards(model, batch | {"at": batch["end"]}).cpu()
-        return (out - mean) / std
+        texts = data.Responses(asked, said, tokenizer.pad_token_id)
+        return (_of_all(at_end, model, texts, (len(prompts), 1), batch_size)[:, 0] - mean) / std
 
     return reward_fn

@@ -367,7 +367,7 @@ def _fits(place: str, row: dict, tokenizer, max_length: int | None) -> dict:
         return row
     prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
     if data.is_encoder(tokenizer):
-        read = data.encoder_ids([prompt, prompt], responses, tokenizer, max_length)
+        read = tokenizer([prompt, prompt], responses, truncation=True, max_length=max_length)["input_ids"]
     else:
         [asked] = data.prompt_ids([prompt], tokenizer)
         read = [[*asked, *said] for said in data.response_ids(responses, tokenizer)]

@@ -150,7 +150,7 @@ def resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
 
 def train_sft(
     model: nn.Module,
-    demonstrations: data.Demonstrations,
+    demonstrations: data.Responses,
     optimisation: Optimisation,
     *,
     epochs: int,
@@ -164,9 +164,10 @@ def train_sft(
     record: dict[str, list] = {"log": []}
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        return losses.lm_loss(logits[:, :-1], batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:])
+        logits = model.get_output_embeddings()(models.states_at(model, batch))
+        return losses.lm_loss(logits, batch["response_ids"], batch["mask"])
 
+    models.check_head(model)
     model = fit(model, batches, demonstrations.collate, loss_fn, optimisation, record=record, **kwargs)
     return model, pd.DataFrame(record["log"])
 
@@ -258,8 +259,9 @@ def _tokenized(preferences: Path, base: Path | str, max_length: int, mtimes_ns: 
     if models.is_features(base):
         return data.feature_pairs(rows, *models.load_features(base))
     tokenizer = models.load_tokenizer(base)
-    build = data.encoder_pairs if data.is_encoder(tokenizer) else data.causal_pairs
-    return build(rows, tokenizer, max_length)
+    if data.is_encoder(tokenizer):
+        raise ValueError(f"{base}: an encoder is read through cached features (models.encode, models.save_features)")
+    return data.causal_pairs(rows, tokenizer, max_length)
 
 
 def run_batches(run: RewardRun, lengths: np.ndarray) -> list[np.ndarray]:

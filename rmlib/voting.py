@@ -103,11 +103,14 @@ def strength(margins: np.ndarray, pair_ids: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({"pair_id": list(pair_ids), "mean": np.nanmean(margins, 0), "std": np.nanstd(margins, 0)})
 
 
-def read_strength(path: Path, pair_ids: Sequence[str], seed: int | None = None) -> pd.DataFrame:
+def read_strength(
+    path: Path, pair_ids: Sequence[str], seed: int | None = None, chosen_ids: Sequence[str] | None = None
+) -> pd.DataFrame:
     """The strength table in a Parquet or CSV file, in the order of ``pair_ids``; of ``seed``, if it tells seeds apart.
 
     Raises ``ValueError`` naming the file and the column, row or pair that is wrong: it must hold ``pair_id, mean,
-    std``, each pair once, finite means, spreads of at least zero, and every pair asked for. Other columns stay.
+    std``, each pair once, finite means, spreads of at least zero, and every pair asked for; where it holds
+    ``chosen_id``, the same response must be the chosen one as in ``chosen_ids``. Other columns stay.
     """
     try:
         if path.is_dir():
@@ -138,7 +141,11 @@ def read_strength(path: Path, pair_ids: Sequence[str], seed: int | None = None) 
     ):
         if pairs:
             raise ValueError(f"{path}: {len(pairs)} pairs {problem}, the first is {pairs[0]!r}")
-    return table.set_index("pair_id").loc[list(pair_ids)].reset_index()
+    table = table.set_index("pair_id").loc[list(pair_ids)].reset_index()
+    if chosen_ids is not None and "chosen_id" in table and (other := table["chosen_id"] != list(chosen_ids)).any():
+        pair = table["pair_id"][other].iloc[0]
+        raise ValueError(f"{path}: {other.sum()} pairs are labelled otherwise than here, the first is {pair!r}")
+    return table
 
 
 def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Generator) -> list[np.ndarray]:

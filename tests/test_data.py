@@ -258,49 +258,14 @@ def test_too_long_a_pair_raises_with_its_name_and_row(tiny_preferences, tokenize
 
 
 def test_demonstrations_are_learnt_on_response_tokens_alone():
-    demonstrations = data.Demonstrations(
+    demonstrations = data.Responses(
         [np.array([BOS, 10, SEP]), np.array([BOS, SEP])], [np.array([20, EOS]), np.array([21, 22, 23, EOS])], pad_id=EOS
     )
     assert demonstrations.lengths.tolist() == [5, 6]
     batch = demonstrations.collate(np.array([0, 1]))
     assert batch["input_ids"].tolist() == [[BOS, 10, SEP, 20, EOS, EOS], [BOS, SEP, 21, 22, 23, EOS]]
-    assert batch["loss_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-
-
-# ---------------------------------------------------------------- batches of an encoder
-
-
-def test_encoder_rows_are_chosen_then_rejected_with_masks_from_lengths():
-    pairs = data.EncoderPairs(chosen=[[5, 6, EOS], [7, EOS]], rejected=[[8, EOS], [9, 9, 9, EOS]], pad_id=EOS)
-    assert pairs.lengths.tolist() == [3, 4]
-    batch = collate_both(pairs)
-    assert batch["input_ids"].tolist() == [
-        [5, 6, EOS, EOS],
-        [7, EOS, EOS, EOS],
-        [8, EOS, EOS, EOS],
-        [9, 9, 9, EOS],
-    ]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    flipped = collate_both(pairs, flipped=(False, True))
-    assert flipped["input_ids"][[1, 3]].tolist() == batch["input_ids"][[3, 1]].tolist()
-    assert flipped["input_ids"][[0, 2]].tolist() == batch["input_ids"][[0, 2]].tolist()
-
-
-def test_encoder_texts_over_the_limit_are_cut_in_the_response_and_counted(tokenizer, capsys):
-    preferences = Dataset.from_dict(
-        {
-            "prompt": ["make tea", "make tea"],
-            "chosen": ["boil the water", "add the tea leaves"],
-            "rejected": ["good luck", "pour the tea into cups"],
-        }
-    )
-    whole = data.encoder_pairs(preferences, tokenizer, max_length=7)
-    assert capsys.readouterr().out == ""
-    cut = data.encoder_pairs(preferences, tokenizer, max_length=5)
-    assert "cut to 5 tokens: 2 of 4 texts" in capsys.readouterr().out
-    assert cut.chosen == [whole.chosen[0], whole.chosen[1][:5]]
-    assert cut.rejected == [whole.rejected[0], whole.rejected[1][:5]]
-    assert whole.lengths.tolist() == [5, 7]
+    assert batch["response_ids"][batch["mask"]].tolist() == [20, EOS, 21, 22, 23, EOS]
+    assert batch["mask"].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 # ---------------------------------------------------------------- batches of cached features

@@ -69,10 +69,6 @@ def own_scores(model: torch.nn.Module, pairs: data.CausalPairs) -> Tensor:
     return torch.tensor([[logit(p, r) for p, r in zip(pairs.prompt, side, strict=True)] for side in sides])
 
 
-def encoder_batch(folder: Path, rows: list[dict] = PAIRS, which=None) -> dict[str, Tensor]:
-    return collate(data.encoder_pairs(Dataset.from_list(rows), models.load_tokenizer(folder), 64), which)
-
-
 def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
@@ -279,11 +275,10 @@ def test_a_model_with_output_embeddings_of_its_own_has_no_imitation_logits(bases
         models.imitation_logits(model, collate(causal()))
 
 
-def test_encoders_and_cached_features_have_no_imitation_logits(encoder, tmp_path):
-    features = tiny.save_features(tmp_path / "features.safetensors")
-    for base, batch in ((encoder, encoder_batch(encoder)), (features, {"features": torch.ones(4, 8)})):
-        with pytest.raises(ValueError, match="a causal model whose input and output embeddings are tied"):
-            models.imitation_logits(models.reward_model(base, head_seed=0), batch)
+def test_cached_features_have_no_imitation_logits(tmp_path):
+    model = models.reward_model(tiny.save_features(tmp_path / "features.safetensors"), head_seed=0)
+    with pytest.raises(ValueError, match="a causal model whose input and output embeddings are tied"):
+        models.imitation_logits(model, {"features": torch.ones(4, 8)})
 
 
 # ---------------------------------------------------------------- the head and its seed
@@ -344,32 +339,6 @@ def test_dropout_of_a_frozen_model_acts_in_training_only(tmp_path):
     assert not torch.equal(model.train()(features), model(features))
 
 
-# ---------------------------------------------------------------- encoders
-
-
-def test_the_bias_of_an_encoder_is_pinned_at_zero(encoder):
-    model = models.reward_model(encoder, head_seed=0)
-    assert model.classifier.bias.item() == 0.0
-    assert not model.classifier.bias.requires_grad
-    assert model.classifier.weight.requires_grad
-
-
-def test_an_encoder_scores_a_text_the_same_alone_and_in_a_padded_batch(encoder):
-    model = models.reward_model(encoder, head_seed=0).eval()
-    together = scores(model, encoder_batch(encoder))
-    alone = torch.cat([scores(model, encoder_batch(encoder, which=[i])) for i in range(3)], dim=1)
-    assert distance(together, alone) < 1e-5
-    assert together.std() > 1e-2
-
-
-def test_an_encoder_without_its_mask_would_read_the_padding(encoder):
-    model = models.reward_model(encoder, head_seed=0).eval()
-    batch = encoder_batch(encoder)
-    masked = scores(model, batch)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    assert distance(scores(model, batch), masked) > 1e-3
-
-
 # ---------------------------------------------------------------- saving
 
 
@@ -380,14 +349,6 @@ def test_a_saved_causal_model_scores_as_before(bases, tmp_path):
     assert not loaded.training
     assert all(same_weights(loaded, model).values())
     assert distance(scores(loaded, collate(causal())), scores(model, collate(causal()))) < 1e-6
-
-
-def test_a_saved_encoder_scores_as_before(encoder, tmp_path):
-    model = models.reward_model(encoder, head_seed=5).eval()
-    models.save_reward_model(model, tmp_path / "model")
-    loaded = models.load_reward_model(tmp_path / "model")
-    assert all(same_weights(loaded, model).values())
-    assert distance(scores(loaded, encoder_batch(encoder)), scores(model, encoder_batch(encoder))) < 1e-6
 
 
 def test_a_saved_frozen_model_scores_as_before(tmp_path):

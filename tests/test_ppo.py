@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,11 @@ def test_a_training_keeps_to_all_annotations(checked):
     checked.train_policy(policy, critic, WORDS, PROMPTS, says_good, how, seed=0)
 
 
+@pytest.mark.xfail(strict=True, raises=TypeCheckError, reason="_of_all asks for a torch.Size and is given a tuple")
+def test_rewards_of_texts_keep_to_all_annotations(checked):
+    checked.reward_of_texts(actor_critic()[1], WORDS)(PROMPTS, ["one", "two", "three"])
+
+
 # ---------------------------------------------------------------- responses and models
 
 
@@ -360,8 +366,16 @@ def test_an_even_choice_has_the_entropy_of_the_vocabulary():
     assert ppo.entropy(every).flatten().tolist() == pytest.approx([math.log(15)] * 16, abs=1e-6)
 
 
+IN_HALF = pytest.mark.xfail(
+    strict=True, reason="reward_of_texts computes in bf16 where training does, scoring does not"
+)
+
+
 @torch.no_grad()
-def test_rewards_of_texts_are_those_of_training(llama):
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=IN_HALF)])
+def test_rewards_of_texts_are_those_of_training(llama, monkeypatch, half):
+    autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=half)
+    monkeypatch.setattr(training, "accelerator", lambda: SimpleNamespace(autocast=autocast))
     model, said = llama[1], (["good", "", "bad one two three"], ["seven eight", "bad", "four"])
     rows = {"pair_id": ["a", "b", "c"], "prompt": PROMPTS, "chosen": said[0], "rejected": said[1]}
     pairs = data.causal_pairs(Dataset.from_dict(rows), WORDS, max_length=64)
@@ -443,15 +457,19 @@ def test_a_rollout_holds_the_end_token_where_it_was_said(monkeypatch, pad_token)
 @torch.no_grad()
 def test_a_rollout_measures_policy_reference_and_critic_whatever_way_it_samples():
     policy, critic = actor_critic()
-    got = roll(models=(policy, critic), temperature=0.5, top_p=0.8)
+    how = {"temperature": 0.5, "top_p": 0.8, "repetition_penalty": 1.5}
+    got = roll(models=(policy, critic), max_new_tokens=6, **how)
+    said = sample(policy, data.prompt_ids(PROMPTS, WORDS), **how)
+    assert got.responses == WORDS.batch_decode(said, skip_special_tokens=True)
+    assert got.responses != roll(models=(policy, critic), max_new_tokens=6).responses
     batch = got.texts.collate(np.arange(3))
     assert torch.equal(batch["mask"], got.mask)
-    assert got.texts.lengths.argmin() > 0  # what is measured from short to long comes back in its place
+    assert np.argsort(got.texts.lengths, kind="stable").tolist() != [0, 1, 2]  # measured in another order than asked
     logprobs, ref_logprobs = (ppo.token_logprobs(model, batch) for model in (policy, actor_critic(1)[0]))
-    direct = torch.stack([logprobs, ref_logprobs, ppo.token_values(critic, batch)]).where(got.mask, 0.0)
-    ours = torch.stack([got.logprobs, got.ref_logprobs, got.values])
+    direct = torch.stack([logprobs, ref_logprobs, ppo.token_values(critic, batch)])[:, got.mask]
+    ours = torch.stack([got.logprobs, got.ref_logprobs, got.values])[:, got.mask]
     torch.testing.assert_close(ours, direct, atol=1e-5, rtol=1e-5)
-    assert (got.logprobs - got.ref_logprobs).abs().max() > 1e-2
+    assert (ours[0] - ours[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("scores", "shape"), [([1.0], r"\(1,\)"), (torch.zeros(3, 1), r"\(3, 1\)")])
@@ -540,16 +558,16 @@ def experience() -> ppo.Experience:
     return got
 
 
-def spy_on_steps(monkeypatch, how: ppo.Settings) -> list[tuple]:
-    """The arguments of every step that one round of learning makes."""
+def spy_on_steps(monkeypatch, how: ppo.Settings) -> tuple[list[tuple], dict[str, float]]:
+    """The arguments of every step that one round of learning makes, and what it says of itself."""
     (policy, critic), steps, rng = actor_critic(), [], np.random.default_rng(0)
     monkeypatch.setattr(ppo, "ppo_step", lambda *args: steps.append(args) or {"policy_loss": 0.0})
-    ppo.learn(policy, critic, torch.optim.SGD(policy.parameters()), experience(), how, rng, [])
-    return steps
+    stats = ppo.learn(policy, critic, torch.optim.SGD(policy.parameters()), experience(), how, rng, [])
+    return steps, stats
 
 
 def test_every_epoch_passes_once_over_all_responses_in_mini_batches(monkeypatch):
-    steps = spy_on_steps(monkeypatch, settings(num_ppo_epochs=4, num_mini_batches=2))
+    steps, _ = spy_on_steps(monkeypatch, settings(num_ppo_epochs=4, num_mini_batches=2))
     rows = [args[5].tolist() for args in steps]
     assert [len(part) for part in rows] == [2, 1] * 4
     epochs = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
@@ -560,7 +578,9 @@ def test_every_epoch_passes_once_over_all_responses_in_mini_batches(monkeypatch)
 def test_returns_come_from_the_advantages_before_they_are_whitened_and_clipped(monkeypatch):
     def target(**changes) -> dict[str, Tensor]:
         usual = {"kl_coef": 0.2, "kl_estimator": "k3", "gamma": 0.9, "lam": 0.7, "reward_clip": 1.5}
-        return spy_on_steps(monkeypatch, settings(**usual, **changes))[0][4]
+        (args, *_), stats = spy_on_steps(monkeypatch, settings(**usual, **changes))
+        assert stats["explained_variance"] == ppo.explained_variance(got.values, returns, got.mask)
+        return args[4]
 
     got = experience()
     given = got.scores.clamp(max=1.5), got.logprobs, got.ref_logprobs, got.mask

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from rmlib import data, models, training, voting, world
+from rmlib import data, models, policies, ppo, training, voting, world
 from rmlib.runs import ROOT
 
 ELSEWHERE = {"__init__", "sources"}  # the seeds that split data from outside have their tests in test_sources
@@ -36,9 +36,33 @@ def generate(seed: int) -> list[list[int]]:
 
 def train_sft(seed: int) -> list[float]:
     answers = data.response_ids(["good one two"] * 16, tiny.tokenizer())
-    texts = data.Demonstrations(prompt_ids(), answers, tiny.tokenizer().pad_token_id)
+    texts = data.Responses(prompt_ids(), answers, tiny.tokenizer().pad_token_id)
     optimisation = training.Optimisation(lr=1.0e-2, batch_size=4)
     return vector(training.train_sft(small_llama(0), texts, optimisation, epochs=1, seed=seed)[0])
+
+
+PROMPTS = ("one two three", "seven") * 4
+
+
+def count_words(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(text.split())) for text in responses]
+
+
+def train_policy(seed: int) -> list[float]:
+    settings = ppo.Settings(steps=2, lr=1.0e-2, critic_lr=1.0e-2, max_new_tokens=6, batch_size=4)
+    critic = policies.critic_of(tiny.causal_reward_model())
+    given = (small_llama(0), critic, tiny.tokenizer(), list(PROMPTS), count_words, settings)
+    return [row["kl"] for row in ppo.train_policy(*given, seed=seed)["log"]] + vector(given[0])
+
+
+def rollout(seed: int) -> list[str]:
+    settings, llama = ppo.Settings(steps=1, lr=1.0, critic_lr=1.0, max_new_tokens=6), small_llama(0)
+    given = (llama, llama, tiny.causal_reward_model(), tiny.tokenizer(), list(PROMPTS), count_words, settings)
+    return ppo.rollout(*given, seed=seed).responses
+
+
+def answer(seed: int) -> list[str]:
+    return policies.answer(small_llama(0), tiny.tokenizer(), PROMPTS, seed=seed, max_new_tokens=6)
 
 
 def fold_plan(seed: int) -> list[list[int]]:
@@ -57,16 +81,34 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
         training.train_reward_model(run, tmp_path)
         return pd.read_parquet(tmp_path / "scores.parquet")["reward_chosen"].tolist()
 
+    def policy_run(seed: int) -> list[str]:
+        language_model, reward_model = tiny.save_llama(tmp_path / "sft"), tmp_path / "rm"
+        models.save_reward_model(models.reward_model(language_model, head_seed=0), reward_model)
+        settings = ppo.Settings(steps=1, lr=1.0e-2, critic_lr=1.0e-2, max_new_tokens=6, batch_size=4)
+        run = policies.PolicyRun("toy", language_model, reward_model, PROMPTS, PROMPTS, settings, seed)
+        policies.train_policy_run(run, tmp_path)
+        return pd.read_parquet(tmp_path / "answers.parquet")["response"].tolist()
+
+    def strength(seed: int) -> list[float]:
+        table = pd.DataFrame({"pair_id": ["a", "b"] * 5, "seed": np.repeat(range(5), 2), "std": 1.0})
+        table.assign(mean=np.arange(10.0)).to_parquet(tmp_path / "strength.parquet")
+        return voting.read_strength(tmp_path / "strength.parquet", ["a", "b"], seed=seed)["mean"].tolist()
+
     return {
         "data.world_pairs(seed)": lambda seed: data.world_pairs(tiny_prompts, seed, 3),
         "data.draw_labels(seed)": lambda seed: data.draw_labels(tiny_pairs, seed).to_list(),
         "models.small_llama(seed)": lambda seed: vector(small_llama(seed)),
         "models.reward_model(head_seed)": lambda seed: vector(models.reward_model(base, head_seed=seed)),
         "models.generate(seed)": generate,
+        "policies.PolicyRun(seed)": policy_run,
+        "policies.answer(seed)": answer,
+        "ppo.rollout(seed)": rollout,
+        "ppo.train_policy(seed)": train_policy,
         "training.train_sft(seed)": train_sft,
         "training.RewardRun(data_seed)": lambda seed: rewards(data_seed=seed),
         "training.RewardRun(head_seed)": lambda seed: rewards(head_seed=seed),
         "voting.fold_plan(seed)": fold_plan,
+        "voting.read_strength(seed)": strength,
         "world.write_prompts(seed)": lambda seed: world.write_prompts(dict.fromkeys(world.SPLITS, 6), seed),
         "world.write_pairs(seed)": lambda seed: world.write_pairs(tiny_prompts, seed),
     }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -78,6 +79,12 @@ def save_llama(folder: Path) -> Path:
     models.small_llama(words, hidden_size=16, layers=2, heads=2, max_length=64, seed=0).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def causal_reward_model() -> nn.Module:
+    """A reward model on the Llama of ``save_llama``, untrained."""
+    with tempfile.TemporaryDirectory() as folder:
+        return models.reward_model(save_llama(Path(folder)), head_seed=0)
 
 
 def save_encoder(folder: Path) -> Path:

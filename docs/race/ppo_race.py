@@ -16,7 +16,6 @@ TRL whitens with the unbiased variance, 1 in 4000 off in scale.
 
 import argparse
 import io
-import math
 import tempfile
 import time
 import warnings
@@ -56,7 +55,7 @@ COEFFICIENTS = {"kl_coef": 0.05, "vf_coef": 0.1, "cliprange": 0.2, "cliprange_va
 def settings(steps: int) -> ppo.Settings:
     """What TRL does is switched on: whitened advantages, and no bound on gradients."""
     sizes = {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "num_ppo_epochs": EPOCHS, "num_mini_batches": 1}
-    same = {"whiten_advantages": True, "max_grad_norm": math.inf}
+    same = {"whiten_advantages": True, "max_grad_norm": None}
     return ppo.Settings(steps=steps, lr=RATE, critic_lr=RATE, **sizes, **COEFFICIENTS, **same)
 
 
