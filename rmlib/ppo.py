@@ -40,8 +40,8 @@ class Settings:
     """
 
     steps: Count
-    lr: Positive
-    critic_lr: Positive
+    lr: PositiveOrZero
+    critic_lr: PositiveOrZero
     max_new_tokens: Count
     batch_size: Count = 64
     rollouts_per_prompt: Count = 1
@@ -50,7 +50,7 @@ class Settings:
     warmup_steps: CountOrZero = 0
     kl_coef: PositiveOrZero = 0.0
     kl_estimator: Literal["k1", "k3"] = "k1"
-    gamma: ShareOrOne = 1.0
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     cliprange: Positive | None = 0.2
     cliprange_value: Positive | None = 0.2
