@@ -41,9 +41,11 @@ lint: env
 lab: env  ## open the book in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: env  ## race TRL's RewardTrainer, into docs/race (ten minutes; a quiet machine)
+bench: env  ## race TRL's RewardTrainer and its last PPOTrainer, into docs/race (half an hour; a quiet machine)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/race.py
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/trl-1.12.0 trl==1.12.0
+	PYTHONPATH=$(VENV)/trl-1.12.0 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/ppo_race.py
 
 notebooks: env  ## run the default preset, keep its outputs in notebooks/ and README.md
 	$(BIN)/python -m rmlib.notebooks refresh

@@ -95,7 +95,7 @@ def test_a_critic_gives_the_rewards_on_the_common_scale_and_may_learn_a_bias():
 
 def test_answers_stand_in_the_order_of_the_questions(tmp_path):
     """A greedy model answers each prompt as it would alone, whatever the batches."""
-    folder = tiny.save_llama(tmp_path / "sft")
+    folder = tiny.save_causal(tmp_path / "sft")
     model, words = models.load_language_model(folder), models.load_tokenizer(folder)
     prompts = ["one", "two three four five", "six", "seven eight one", "two"]
     greedy = {"max_new_tokens": 5, "temperature": 1e-4}
