@@ -206,7 +206,8 @@ def ledger(figures: Path) -> pd.DataFrame:
     paths = [path for preset in COMMITTED for path in sorted((figures / preset).glob("*/claims.csv"))]
     tables = [pd.read_csv(path, dtype={"claim": str}).assign(preset=path.parts[-3]) for path in paths]
     rows = pd.concat(tables, ignore_index=True)
-    effect = [f"**{r.verdict}** {r.estimate:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in rows.itertuples()]
+    between = [f"[{r.low:+.3f}, {r.high:+.3f}]" if np.isfinite(r.high) else "(no interval)" for r in rows.itertuples()]
+    effect = [f"**{r.verdict}** {r.estimate:+.3f} {b}" for r, b in zip(rows.itertuples(), between, strict=True)]
     wide = rows.assign(effect=effect).pivot(index=["claim", "says"], columns="preset", values="effect").reset_index()
     order = [claim for chapter in RULES.values() for claim in chapter]
     wide = wide.sort_values("claim", key=lambda claims: claims.map(order.index), ignore_index=True).fillna("-")
