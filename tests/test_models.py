@@ -11,6 +11,7 @@ import tiny
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from rmlib import data, models
 
@@ -508,3 +509,28 @@ def sharpened(model: torch.nn.Module, factor: float) -> torch.nn.Module:
     model = copy.deepcopy(model)
     model.model.norm.weight.data *= factor
     return model
+
+
+# ---------------------------------------------------------------- what is trained is what is sampled
+
+
+def test_a_model_that_scales_its_logits_is_refused(bases):
+    models.check_head(models.load_language_model(bases["llama"]))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        granite = GraniteForCausalLM(GraniteConfig(vocab_size=20, logits_scaling=scale, initializer_range=1.0, **sizes))
+        if scale == 1.0:
+            models.check_head(granite)
+        else:
+            with pytest.raises(ValueError, match="granite: its logits are changed after the output embedding"):
+                models.check_head(granite)
+
+
+def test_the_check_of_the_head_leaves_training_mode_and_looks_past_dropout(bases):
+    model = models.load_language_model(bases["llama"]).train()
+    model.config.attention_dropout = 0.5
+    for layer in model.base_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    models.check_head(model)
+    assert model.training

@@ -227,3 +227,14 @@ def test_slices_part_the_pairs_in_equal_sizes_from_weak_to_strong(mean, n):
 def test_slices_by_hand():
     mean = np.array([0.3, -2.0, 5.0, 0.1, 1.0, -0.5])
     assert [part.tolist() for part in voting.slices(mean, 3)] == [[1, 5], [0, 3], [2, 4]]
+
+
+def test_strengths_of_other_labels_are_refused_by_the_first_pair(tmp_path):
+    table = pd.DataFrame({"pair_id": ["a", "b", "c"], "mean": [1.0, -1.0, 0.5], "std": 1.0})
+    table.assign(chosen_id=["a1", "b1", "c1"]).to_parquet(tmp_path / "named.parquet")
+    same = voting.read_strength(tmp_path / "named.parquet", ["c", "a"], chosen_ids=["c1", "a1"])
+    assert same["mean"].tolist() == [0.5, 1.0]
+    with pytest.raises(ValueError, match=r"named\.parquet: 1 pairs are labelled otherwise than here, the first is 'b'"):
+        voting.read_strength(tmp_path / "named.parquet", ["a", "b"], chosen_ids=["a1", "b2"])
+    table.to_parquet(tmp_path / "plain.parquet")  # a table that does not say cannot be checked
+    assert len(voting.read_strength(tmp_path / "plain.parquet", ["a"], chosen_ids=["other"])) == 1
