@@ -25,7 +25,7 @@ def use_style() -> None:
         {
             "figure.constrained_layout.use": True,
             "figure.dpi": 75,
-            "savefig.dpi": 160,
+            "savefig.dpi": 120,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": "medium",
