@@ -45,10 +45,10 @@ def save(run: Run, figure: Figure, name: str, table: pd.DataFrame) -> None:
 
 
 def over_seeds(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lower and upper end of a t interval over the first axis (seeds); no interval for one seed."""
+    """Mean, lower and upper end of a t interval over the first axis (seeds); the ends are NaN for fewer than three."""
     mean = np.mean(values, axis=0)
-    if len(values) < 2:
-        return mean, mean, mean
+    if len(values) < 3:  # of two seeds it would be six times as wide as they lie apart
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values, axis=0)
     return mean, mean - half, mean + half
 
@@ -57,7 +57,7 @@ def line(ax: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **
     """Draw the mean over seeds of ``values`` (seeds, points) with its 95 % interval as a band."""
     mean, low, high = over_seeds(values)
     ax.plot(x, mean, label=label, color=color, **{"marker": "o", "markersize": 3} | kwargs)
-    if len(values) > 1:
+    if len(values) > 2:
         ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
 
 
