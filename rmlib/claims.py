@@ -4,6 +4,7 @@ A rule names one metric whose sign the paper predicts. An *effect* is that metri
 labels, ensemble and training. ``verdicts`` turns effects into *holds*, *fails* or *open*.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,33 +42,33 @@ class Rule:
     by_construction: str = ""
 
 
-def _read_rules() -> dict[str, dict[str, Rule]]:
-    chapters = yaml.safe_load(files("rmlib").joinpath("claims.yaml").read_text(encoding="utf-8"))
-    return {stem: {claim: Rule(claim, **rule) for claim, rule in rules.items()} for stem, rules in chapters.items()}
-
-
-RULES = _read_rules()
-
-
-# ---------------------------------------------------------------- evidence
+_WRITTEN = yaml.safe_load(files("rmlib").joinpath("claims.yaml").read_text(encoding="utf-8"))
+RULES = {stem: {claim: Rule(claim, **rule) for claim, rule in rules.items()} for stem, rules in _WRITTEN.items()}
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Effects of one claim: one value a seed, and bootstrap draws where the test data are drawn as well.
 
-    ``n`` counts the pairs of the smallest cell; ``over`` says what the interval is taken over.
+    ``n`` counts the pairs of the smallest cell; ``over`` says what the interval is taken over. ``clusters`` counts what
+    was drawn (debates): all of G lie on one side by chance with probability $2^{1 - G}$, and no p-value can be smaller.
     """
 
     effects: np.ndarray
     n: int
     draws: np.ndarray | None = None
     over: str = "seeds"
+    clusters: int | None = None
 
     @property
     def estimate(self) -> float:
         """Mean effect over seeds."""
         return float(np.mean(self.effects))
+
+    @property
+    def finest(self) -> float:
+        """The smallest p-value that so many clusters allow."""
+        return 0.0 if self.clusters is None else 2.0 ** (1 - self.clusters)
 
     @property
     def known(self) -> bool:
@@ -85,12 +86,10 @@ class Evidence:
         if not self.known:
             return np.nan, np.nan
         if self.draws is not None:
-            low, high = np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2])
-            return float(low), float(high)
+            return tuple(np.quantile(self.draws, [(1 - level) / 2, (1 + level) / 2]))
         if not self._spread:
             return -np.inf, np.inf
-        half = stats.t.ppf((1 + level) / 2, len(self.effects) - 1) * stats.sem(self.effects)
-        return self.estimate - half, self.estimate + half
+        return stats.t.interval(level, len(self.effects) - 1, self.estimate, stats.sem(self.effects))
 
     def p_value(self, rule: Rule) -> float:
         """Two-sided p-value: the smallest 1 - level at which the interval would decide for the claim.
@@ -99,9 +98,8 @@ class Evidence:
         """
         if not self.known:
             return 1.0
-        if rule.equivalence:
-            return max(self._beyond(-rule.margin, below=True), self._beyond(rule.margin, below=False))
-        return min(self._beyond(0.0, below=True), self._beyond(0.0, below=False))
+        bound, choose = (rule.margin, max) if rule.equivalence else (0.0, min)
+        return max(self.finest, choose(self._beyond(-bound, below=True), self._beyond(bound, below=False)))
 
     def _beyond(self, bound: float, *, below: bool) -> float:
         """Twice the evidence that the effect lies ``below`` (or above) ``bound``."""
@@ -117,10 +115,17 @@ class Evidence:
         """Seeds at which the interval's half width falls below ``distance``, from today's spread; NaN if unknown."""
         if self.draws is not None or not self._spread or not distance > 0:
             return np.nan
-        for n in range(2, 1000):
-            if stats.t.ppf((1 + level) / 2, n - 1) * self._spread / np.sqrt(n) < distance:
-                return float(n)
-        return np.inf
+        n = np.arange(2, 1000)
+        enough = n[stats.t.ppf((1 + level) / 2, n - 1) * self._spread / np.sqrt(n) < distance]
+        return float(min(enough, default=np.inf))
+
+
+def weakest(effects: pd.DataFrame, claim: str) -> str:
+    """The column of ``effects`` (seeds, comparisons) named ``claim`` or ``claim | ...`` with the smallest mean.
+
+    A claim with several comparisons holds if it holds in each, so the one that fits it least decides.
+    """
+    return effects.filter(regex=rf"^{re.escape(claim)}( \||$)").mean().fillna(-np.inf).idxmin()
 
 
 def holm_levels(p_values: Mapping[str, float], alpha: float = ALPHA) -> dict[str, float]:
@@ -139,17 +144,15 @@ def holm_levels(p_values: Mapping[str, float], alpha: float = ALPHA) -> dict[str
 
 def verdict(rule: Rule, evidence: Evidence, level: float = 1 - ALPHA) -> str:
     """*holds*, *fails* or *open* for one claim, from its interval at ``level``."""
-    if evidence.n < rule.min_n:
-        return "open"
     low, high = evidence.interval(level)
     inside = -rule.margin < low and high < rule.margin
     if rule.equivalence:
-        if inside:
-            return "holds"
-        return "fails" if low > rule.margin or high < -rule.margin else "open"
-    if low > 0 and not inside:
-        return "holds"
-    return "fails" if high < 0 or inside else "open"
+        holds, fails = inside, low > rule.margin or high < -rule.margin
+    else:
+        holds, fails = low > 0 and not inside, high < 0 or inside
+    if evidence.n < rule.min_n or evidence.finest > 1 - level or not (holds or fails):
+        return "open"
+    return "holds" if holds else "fails"
 
 
 def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
@@ -162,10 +165,8 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
         raise KeyError(f"claims without evidence or rule: {sorted(set(rules) ^ set(evidence))}")
     draws = min((len(item.draws) for item in evidence.values() if item.draws is not None), default=np.inf)
     if 2 / draws > ALPHA / len(rules):
-        print(
-            f"{chapter}: {draws} draws cannot decide {len(rules)} claims at {ALPHA}; verdicts stay open",
-            file=sys.stderr,
-        )
+        problem = f"{draws} draws cannot decide {len(rules)} claims at {ALPHA}; verdicts stay open"
+        print(f"{chapter}: {problem}", file=sys.stderr)
     levels = holm_levels({claim: item.p_value(rules[claim]) for claim, item in evidence.items()})
     rows = []
     for claim, rule in rules.items():
@@ -173,32 +174,13 @@ def verdicts(chapter: str, evidence: Mapping[str, Evidence]) -> pd.DataFrame:
         low, high = item.interval(level)
         decision = verdict(rule, item, level)
         distance = abs(rule.margin - abs(item.estimate)) if rule.equivalence else abs(item.estimate)
-        rows.append(
-            {
-                "claim": claim,
-                "says": rule.says,
-                "source": rule.source,
-                "effect": rule.effect,
-                "margin": rule.margin,
-                "equivalence": rule.equivalence,
-                "estimate": item.estimate,
-                "low": low,
-                "high": high,
-                "level": level,
-                "seeds": len(item.effects),
-                "over": item.over,
-                "n": item.n,
-                "verdict": decision,
-                "seeds_to_decide": item.seeds_needed(distance, level)
-                if decision == "open" and item.n >= rule.min_n
-                else np.nan,
-                "by_construction": rule.by_construction,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-# ---------------------------------------------------------------- the ledger
+        seeds = item.seeds_needed(distance, level) if decision == "open" and item.n >= rule.min_n else np.nan
+        found = {"estimate": item.estimate, "low": low, "high": high, "level": level, "seeds": len(item.effects)}
+        found |= {"over": item.over, "n": item.n, "verdict": decision, "seeds_to_decide": seeds}
+        rows.append(vars(rule) | found)
+    table = pd.DataFrame(rows).drop(columns="min_n")
+    table["by_construction"] = table.pop("by_construction")  # goes last
+    return table
 
 
 def ledger(figures: Path) -> pd.DataFrame:
@@ -214,16 +196,13 @@ def ledger(figures: Path) -> pd.DataFrame:
     return wide[["claim", "says", *(preset for preset in COMMITTED if preset in wide)]]
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """``table`` as a Markdown table."""
-    rows = [list(table.columns), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
 def with_ledger(readme: str, figures: Path) -> str:
     """``readme`` with the ledger between its markers ``<!-- claims -->`` brought up to date."""
+    table = ledger(figures)
+    rows = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     before, _, after = readme.split(MARK)
-    return f"{before}{MARK}\n{markdown(ledger(figures))}\n{MARK}{after}"
+    return "\n".join([before + MARK, *lines, MARK + after])
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ CHAPTERS: dict[str, type[Plain]] = {
             list[BelowHalf]: "alphas",
             list[Positive]: "margin_scales",
             Shares: "flip_shares",
-            AtLeastTwo: "epochs",
+            AtLeastTwo: "epochs n_orders",
             Count: "batch_size max_length snapshots_per_epoch band_epochs band_snapshots n_train_scored n_sweep_seeds "
             "n_policy_seeds",
             CountOrZero: "n_bootstrap workers",
