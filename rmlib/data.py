@@ -17,17 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rmlib import world
 
-# ---------------------------------------------------------------- pair sets
-
-
-def world_pairs(prompts: Sequence[dict], seed: int, responses_per_prompt: int) -> list[dict]:
-    """Pair set of the miniature world for the splits that hold preferences."""
-    rows = [row for row in prompts if row["split"] in ("train", "validation", "test", "ood")]
-    return world.write_pairs(rows, seed, responses_per_prompt)
-
-
-# ---------------------------------------------------------------- labels
-
 
 def draw_labels(pairs: Sequence[dict], seed: int, annotator: world.Annotator | None = None) -> Dataset:
     """Preference set in which one person labels each pair; ``seed`` redraws all labels.
@@ -36,40 +25,33 @@ def draw_labels(pairs: Sequence[dict], seed: int, annotator: world.Annotator | N
     decisive ones, and ``votes`` holds the *other* votes as seen from the label, so that no label is part of
     its own truth; a pair without a decisive vote is left out and counted.
     """
-    rng = np.random.default_rng(seed)
-    rows = [_ballot_row(pair, rng) if "ballots" in pair else _world_row(pair, rng, annotator) for pair in pairs]
+    rng, person = np.random.default_rng(seed), annotator or world.Annotator()
+    rows = [_labelled(pair, rng, person) for pair in pairs]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
         print(f"  left out, no decisive vote: {len(rows) - len(kept)}")
     return Dataset.from_list(kept)
 
 
-def _world_row(pair: dict, rng: np.random.Generator, annotator: world.Annotator | None) -> dict:
-    prefers_a = bool((annotator or world.Annotator()).prefers_a(pair, rng)[0])
-    chosen, rejected = ("a", "b") if prefers_a else ("b", "a")
-    gold = {"gold_chosen": pair[f"gold_{chosen}"], "gold_rejected": pair[f"gold_{rejected}"]}
-    return _ordered(pair, chosen, rejected) | gold
-
-
-def _ballot_row(pair: dict, rng: np.random.Generator) -> dict | None:
+def _labelled(pair: dict, rng: np.random.Generator, person: world.Annotator) -> dict | None:
+    if "ballots" not in pair:
+        return _row(pair, person.prefers_a(pair, rng)[0])
     decisive = np.flatnonzero(pair["ballots"])
     if len(decisive) == 0:
         return None
     drawn = rng.choice(decisive)
     label = pair["ballots"][drawn]
     others = [label * vote for i, vote in enumerate(pair["ballots"]) if i != drawn]
-    return _ordered(pair, *(("a", "b") if label == 1 else ("b", "a"))) | {"votes": others}
+    return _row(pair, label == 1) | {"votes": others}
 
 
-def _ordered(pair: dict, chosen: str, rejected: str) -> dict:
-    sides = {"chosen": chosen, "rejected": rejected}
-    texts = {side: pair[f"response_{k}"] for side, k in sides.items()}
-    ids = {f"{side}_id": pair[f"id_{k}"] for side, k in sides.items()}
-    head, tail = (
-        {name: pair[name] for name in names}
-        for names in (("pair_id", "prompt_id", "prompt"), ("subset", "topic", "split"))
-    )
-    return head | texts | ids | tail
+def _row(pair: dict, prefers_a: bool) -> dict:
+    sides = {"chosen": "a", "rejected": "b"} if prefers_a else {"chosen": "b", "rejected": "a"}
+    row = {name: pair[name] for name in ("pair_id", "prompt_id", "prompt")}
+    row |= {side: pair[f"response_{k}"] for side, k in sides.items()}
+    row |= {f"{side}_id": pair[f"id_{k}"] for side, k in sides.items()}
+    row |= {name: pair[name] for name in ("subset", "topic", "split")}
+    return row | {f"gold_{side}": pair[f"gold_{k}"] for side, k in sides.items() if f"gold_{k}" in pair}
 
 
 def truth(preferences: Dataset) -> np.ndarray:
@@ -83,9 +65,6 @@ def truth(preferences: Dataset) -> np.ndarray:
     if "votes" in preferences.column_names:
         return np.array([sum(votes) for votes in preferences["votes"]], dtype=float)
     raise KeyError("this preference set has no truth: neither gold_chosen, gold_rejected nor votes")
-
-
-# ---------------------------------------------------------------- batches
 
 
 def length_batches(
@@ -125,27 +104,24 @@ class CausalPairs:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens in each pair's row, shape (pairs,)."""
-        parts = zip(self.prompt, self.chosen, self.rejected, strict=True)
-        return np.array([len(p) + len(c) + len(r) for p, c, r in parts])
+        return np.array([sum(map(len, row)) for row in zip(self.prompt, self.chosen, self.rejected, strict=True)])
 
     def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
         """Batch of ``rows``; where ``flipped`` (a mask over all pairs) is true, the two responses swap places."""
-        first = [self.rejected[i] if flipped[i] else self.chosen[i] for i in rows]
-        second = [self.chosen[i] if flipped[i] else self.rejected[i] for i in rows]
-        texts = [np.concatenate(parts) for parts in zip((self.prompt[i] for i in rows), first, second, strict=True)]
-        ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True, padding_value=self.pad_id)
-        prompt = torch.tensor([len(self.prompt[i]) for i in rows])[:, None]
-        middle = prompt + torch.tensor([len(tokens) for tokens in first])[:, None]
-        end = middle + torch.tensor([len(tokens) for tokens in second])[:, None]
+        pairs = [(self.rejected[i], self.chosen[i]) if flipped[i] else (self.chosen[i], self.rejected[i]) for i in rows]
+        texts = [(self.prompt[i], *pair) for i, pair in zip(rows, pairs, strict=True)]
+        joined = [torch.from_numpy(np.concatenate(text)) for text in texts]
+        ids = pad_sequence(joined, batch_first=True, padding_value=self.pad_id)
+        prompt, middle, end = torch.tensor([list(map(len, text)) for text in texts]).cumsum(1)[:, :, None].unbind(1)
         at = torch.arange(ids.shape[1])[None]
-        in_second = at >= middle
-        hidden = in_second[:, :, None] & ((at >= prompt) & ~in_second)[:, None, :]
+        in_first, in_second = (at >= prompt) & (at < middle), at >= middle
+        hidden = in_second[:, :, None] & in_first[:, None, :]
         return {
             "input_ids": ids,
             "position_ids": torch.where(in_second, at - middle + prompt, at),
             "attention_mask": ((at[:, :, None] >= at[:, None, :]) & ~hidden)[:, None],
             "at": torch.cat([middle, end], dim=1) - 1,
-            "imitated": (at >= prompt) & ~in_second,
+            "imitated": in_first,
         }
 
 
@@ -178,11 +154,9 @@ def causal_pairs(preferences: Dataset, tokenizer, max_length: int) -> CausalPair
     chosen = response_ids(list(preferences["chosen"]), tokenizer)
     rejected = response_ids(list(preferences["rejected"]), tokenizer)
     for i, (p, c, r) in enumerate(zip(prompt, chosen, rejected, strict=True)):
-        if len(p) + max(len(c), len(r)) > max_length:
-            raise ValueError(
-                f"pair {preferences['pair_id'][i]!r} (row {i}): {len(p)} prompt tokens and a response of "
-                f"{max(len(c), len(r))} exceed max_length {max_length}"
-            )
+        if len(p) + (longer := max(len(c), len(r))) > max_length:
+            much = f"{len(p)} prompt tokens and a response of {longer} exceed max_length {max_length}"
+            raise ValueError(f"pair {preferences['pair_id'][i]!r} (row {i}): {much}")
     return CausalPairs(prompt, chosen, rejected, tokenizer.pad_token_id)
 
 

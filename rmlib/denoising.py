@@ -21,13 +21,6 @@ def weakest(mean: np.ndarray, share: float | None = None) -> np.ndarray:
     return np.sort(np.argsort(mean, kind="stable")[: round(share * len(mean))])
 
 
-def adaptive_margin(mean: np.ndarray, flipped: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Margin of each pair (Eq 6): its raw signed mean, turned on flipped pairs (positions), times ``scale``."""
-    signed = mean.copy()
-    signed[flipped] *= -1
-    return scale * signed
-
-
 def noise_rate(mean: np.ndarray, rng: np.random.Generator) -> float:
     r"""Share of wrong labels, estimated without the truth by confident learning (arXiv 1911.00068, ``cleanlab``).
 
@@ -65,10 +58,10 @@ class Strengths:
         return {"rows": np.delete(self.rows, positions)}
 
     def margin(self, flipped: np.ndarray | None = None, scale: float = 1.0) -> dict:
-        """The adaptive margin (Eq 6), and the labels at ``flipped`` swapped with their margins turned."""
-        none = np.array([], dtype=int)
-        margin = self.of_all(adaptive_margin(self.mean, none if flipped is None else flipped, scale))
-        return {"margin": margin} | ({} if flipped is None else self.flip(flipped))
+        """The raw signed mean times ``scale`` as margin (Eq 6); labels at ``flipped`` swapped, their margins turned."""
+        turned = np.isin(np.arange(len(self.mean)), [] if flipped is None else flipped)
+        margin = {"margin": self.of_all(scale * np.where(turned, -self.mean, self.mean))}
+        return margin if flipped is None else margin | self.flip(flipped)
 
     def soft_target(self) -> dict:
         r"""Each pair's target is what the vote believes, $\sigma(\hat\mu)$."""

@@ -39,16 +39,14 @@ def wrong_label_auroc(strength: np.ndarray, truth: np.ndarray) -> float:
 def wrong_label_precision_recall(suspect: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Precision and recall of the mask ``suspect`` for wrong labels, ties of the truth left out."""
     known = decided(truth)
-    precision, recall, _, _ = precision_recall_fscore_support(
-        truth[known] < 0, suspect[known], average="binary", zero_division=0
-    )
+    wrong, found = truth[known] < 0, suspect[known]
+    precision, recall, *_ = precision_recall_fscore_support(wrong, found, average="binary", zero_division=0)
     return float(precision), float(recall)
 
 
 def bands(values: np.ndarray, n: int) -> np.ndarray:
     """Band 0 to ``n`` - 1 of each value, ascending, in groups of equal size (ties broken by position)."""
-    ranks = np.empty(len(values), dtype=int)
-    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    ranks = np.argsort(np.argsort(values, kind="stable"))
     return ranks * n // len(values)
 
 
@@ -56,11 +54,6 @@ def band_means(values: np.ndarray, band: np.ndarray, n: int) -> np.ndarray:
     """Mean of ``values`` in each of ``n`` bands, shape (n,); NaN for an empty band."""
     with np.errstate(invalid="ignore"):
         return np.bincount(band, weights=values, minlength=n) / np.bincount(band, minlength=n)
-
-
-def label_confirmed(truth: np.ndarray) -> np.ndarray:
-    """1 where the truth confirms the label, 0 where it contradicts it, NaN where it does not decide."""
-    return np.where(decided(truth), (truth > 0).astype(float), np.nan)
 
 
 def confirmed_by_band(strength: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
@@ -75,13 +68,6 @@ def calibration_error(margins: np.ndarray, n: int = 10) -> float:
     band = bands(predicted, n)
     gap = band_means(predicted, band, n) - band_means((margins > 0).astype(float), band, n)
     return float(np.average(np.abs(gap), weights=np.bincount(band, minlength=n)))
-
-
-def scale_free_gap(rewards_chosen: np.ndarray, rewards_rejected: np.ndarray) -> float:
-    """Mean margin in units of the standard deviation of all rewards, so that scaling the head changes nothing."""
-    return float(
-        np.mean(rewards_chosen - rewards_rejected) / np.std(np.concatenate([rewards_chosen, rewards_rejected]))
-    )
 
 
 def resample_clusters(cluster: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -20,19 +20,9 @@ PAPER = {"color": "black", "linestyle": "none", "marker": "x", "markersize": 5, 
 
 def use_style() -> None:
     """Set the book's style for every figure of a notebook."""
-    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85)
-    plt.rcParams.update(
-        {
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 75,
-            "savefig.dpi": 120,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "legend.frameon": False,
-            "pdf.fonttype": 42,
-        }
-    )
+    rc = {"figure.constrained_layout.use": True, "figure.dpi": 75, "savefig.dpi": 120, "pdf.fonttype": 42}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium", "legend.frameon": False}
+    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85, rc=rc)
 
 
 def save(run: Run, figure: Figure, name: str, table: pd.DataFrame) -> None:
@@ -59,13 +49,6 @@ def line(ax: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **
     ax.plot(x, mean, label=label, color=color, **{"marker": "o", "markersize": 3} | kwargs)
     if len(values) > 2:
         ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-
-
-def dots(ax: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **kwargs) -> None:
-    """Draw the mean over seeds of ``values`` (seeds, points) as dots with 95 % intervals as bars."""
-    mean, low, high = over_seeds(values)
-    bars = np.stack([mean - low, high - mean])
-    ax.errorbar(x, mean, yerr=bars, label=label, color=color, **{"fmt": "o", "markersize": 4, "capsize": 2} | kwargs)
 
 
 def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:

@@ -6,7 +6,6 @@ function. Everything is computed in fp32 through ``softplus``, finite for any fi
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -44,30 +43,27 @@ def pairwise_loss(
     >>> pairwise_loss(torch.tensor([1.0]), torch.tensor([1.0])).item()  # log 2
     0.6931471824645996
     """
-    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected, margin=margin, target=target)
+    given = {"rewards_chosen": rewards_chosen, "rewards_rejected": rewards_rejected, "margin": margin, "target": target}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
     if sum((label_smoothing != 0.0, target is not None, flip_rate != 0.0)) > 1:
         raise ValueError("label_smoothing, target and flip_rate exclude one another")
     if target is not None and not bool(((target >= 0) & (target <= 1)).all()):
         raise ValueError("target must lie in [0, 1]")
+    for name, rate in (("label_smoothing", label_smoothing), ("flip_rate", flip_rate)):
+        if not 0.0 <= rate < 0.5:
+            raise ValueError(f"{name} must lie in [0, 0.5), got {rate}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
     logits = rewards_chosen.float() - rewards_rejected.float()
     if margin is not None:
         logits = logits - margin.float()
-    weight = 1.0 - _below_half("label_smoothing", label_smoothing) if target is None else target.float()
+    weight = 1.0 - label_smoothing if target is None else target.float()
     if flip_rate:
-        weight = (1.0 - _below_half("flip_rate", flip_rate)) / (1.0 - 2.0 * flip_rate)
+        weight = (1.0 - flip_rate) / (1.0 - 2.0 * flip_rate)
     losses = weight * F.softplus(-logits) + (1.0 - weight) * F.softplus(logits)
-    return _reduce(losses, reduction)
-
-
-def official_pairwise_loss(
-    rewards_chosen: Float[Tensor, "pairs"], rewards_rejected: Float[Tensor, "pairs"]
-) -> Float[Tensor, ""]:
-    r"""Ranking loss as the authors' released code computes it: $-\log(\sigma(d) + 10^{-5})$.
-
-    It saturates near 11.5 and its gradient vanishes for pairs with $d \ll -10$; kept for comparison only.
-    """
-    _same_shape(rewards_chosen=rewards_chosen, rewards_rejected=rewards_rejected)
-    return -torch.log(torch.sigmoid(rewards_chosen.float() - rewards_rejected.float()) + 1e-5).mean()
+    return losses.mean() if reduction == "mean" else losses
 
 
 def lm_loss(
@@ -82,21 +78,3 @@ def lm_loss(
     if not bool(mask.any()):
         raise ValueError("lm_loss: the mask selects no position")
     return F.cross_entropy(logits[mask].float(), labels[mask])
-
-
-def _same_shape(**tensors: Tensor | None) -> None:
-    shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes differ: {shapes}")
-
-
-def _below_half(name: str, value: float) -> float:
-    if not 0.0 <= value < 0.5:
-        raise ValueError(f"{name} must lie in [0, 0.5), got {value}")
-    return value
-
-
-def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}; choose from mean, none")
-    return losses.mean() if reduction == "mean" else losses

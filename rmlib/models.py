@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -56,20 +57,17 @@ def small_llama(
 ) -> LlamaForCausalLM:
     """A fresh Llama for the miniature world; ``seed`` fixes its weights."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=max_length,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
+    return LlamaForCausalLM(config)
 
 
 def source_folder(name: str | Path) -> str:
@@ -96,9 +94,6 @@ def identity(name: str, revision: str | None = None) -> Path | tuple[str, str | 
     return folder if folder.is_dir() else (name, revision)
 
 
-SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no code of strangers
-
-
 @contextmanager
 def _naming(name: str | Path) -> Iterator[None]:
     """Errors of the libraries below say which checkpoint they mean."""
@@ -115,20 +110,22 @@ def _from_checkpoint(kind: type, name: str | Path, **settings) -> tuple[nn.Modul
 
     Raises ``ValueError`` naming the checkpoint for weights that are broken, not finite or of another shape.
     """
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, by name
+    settings |= {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no code of strangers
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, by name
     with _naming(name):
-        model, info = kind.from_pretrained(source_folder(name), dtype=torch.float32, **SAFE, **told, **settings)
-    if info["mismatched_keys"]:
-        names = ", ".join(sorted(key for key, *_ in info["mismatched_keys"]))
-        raise ValueError(f"{name}: weights of another shape than config.json says: {names}")
-    _check_finite(model, name)
+        model, info = kind.from_pretrained(source_folder(name), dtype=torch.float32, **settings)
+    _refuse(name, "weights of another shape than config.json says", (key for key, *_ in info["mismatched_keys"]))
+    _refuse(name, "weights that are not finite", _not_finite(model))
     return model, sorted(info["missing_keys"])
 
 
-def _check_finite(model: nn.Module, name: str | Path) -> None:
-    broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise ValueError(f"{name}: weights that are not finite: {', '.join(broken)}")
+def _refuse(name: str | Path, problem: str, keys: Iterable[str]) -> None:
+    if names := ", ".join(sorted(keys)):
+        raise ValueError(f"{name}: {problem}: {names}")
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    return [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -167,8 +164,7 @@ def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> n
     if dropout:
         config.attention_dropout = dropout
     model, missing = _from_checkpoint(AutoModelForSequenceClassification, base, config=config)
-    if lost := [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]:
-        raise ValueError(f"{base}: weights are missing: {', '.join(lost)}")
+    _refuse(base, "weights are missing", (key for key in missing if key.startswith(f"{model.base_model_prefix}.")))
     return model
 
 
@@ -179,32 +175,23 @@ def load_reward_model(folder: str | Path) -> nn.Module:
     broken, missing (a language model has no reward head), not finite, or of more than one label.
     """
     head = Path(folder) / "head.safetensors"
-    try:
-        model = _frozen_from(load_file(head)) if head.exists() else _classifier_from(Path(folder))
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
-    _check_finite(model, folder)
-    return model.eval()
-
-
-def _frozen_from(state: dict[str, Tensor]) -> nn.Module:
-    if state["hidden.weight"].ndim != 2:
-        raise KeyError("hidden.weight is no matrix")
-    width, n_features = state["hidden.weight"].shape
-    model = FrozenRewardModel(n_features, hidden_size=width)
-    model.load_state_dict(state)
-    return model
-
-
-def _classifier_from(folder: Path) -> nn.Module:
-    if not list(folder.glob("*.safetensors")):
+    if head.exists():
+        with _naming(folder):
+            state = load_file(head)
+            if state["hidden.weight"].ndim != 2:
+                raise ValueError("hidden.weight is no matrix")
+            width, n_features = state["hidden.weight"].shape
+            model = FrozenRewardModel(n_features, hidden_size=width)
+            model.load_state_dict(state)
+        _refuse(folder, "weights that are not finite", _not_finite(model))
+        return model.eval()
+    if not list(Path(folder).glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no weights in safetensors format (pickled ones are not read)")
     model, missing = _from_checkpoint(AutoModelForSequenceClassification, folder)
-    if missing:
-        raise ValueError(f"{folder}: no reward model, weights are missing: {', '.join(missing)}")
+    _refuse(folder, "no reward model, weights are missing", missing)
     if model.config.num_labels != 1:
         raise ValueError(f"{folder}: a reward model has one label, this one has {model.config.num_labels}")
-    return model
+    return model.eval()
 
 
 def save_reward_model(model: nn.Module, folder: str | Path) -> None:
@@ -281,14 +268,8 @@ def _layer_at(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], m
     k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
     q, _ = apply_rotary_pos_emb(q, q, cos[row, at], sin[row, at])
     k, _ = apply_rotary_pos_emb(k, k, cos, sin)
-    seen = nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask[row, 0, at][:, None],
-        dropout_p=attention.attention_dropout if layer.training else 0.0,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+    told = {"dropout_p": attention.attention_dropout if layer.training else 0.0, "enable_gqa": k.shape[1] != q.shape[1]}
+    seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[row, 0, at][:, None], **told)
     out = hidden[row, at] + attention.o_proj(seen.transpose(1, 2).flatten(2))
     return out + layer.mlp(layer.post_attention_layernorm(out))
 
@@ -313,35 +294,24 @@ def rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Rewards of chosen and of rejected responses, each of shape (pairs,), in one forward pass."""
-    rewards_chosen, rewards_rejected = rewards(model, batch).chunk(2)
-    return rewards_chosen, rewards_rejected
+    return rewards(model, batch).chunk(2)
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    prompts: list[np.ndarray],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    seed: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    model: nn.Module, prompts: list[np.ndarray], *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int, **sampling
 ) -> list[list[int]]:
-    """One sampled response (token ids without the end token) for each prompt; unless told so, from the model itself."""
+    """One sampled response (token ids without the end token) for each prompt, from the model itself unless
+    ``sampling`` sets ``temperature``, ``top_p`` or ``repetition_penalty``.
+    """
     torch.manual_seed(seed)
-    width = max(len(ids) for ids in prompts)
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, tokens in enumerate(prompts):
-        ids[i, width - len(tokens) :] = torch.from_numpy(tokens)
-        mask[i, width - len(tokens) :] = 1
+    texts = [torch.from_numpy(tokens) for tokens in prompts]
+    left = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(texts, padding_value=pad_id, **left).to(model.device)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], **left).to(model.device)
     plain = {"max_new_tokens": max_new_tokens, "do_sample": True, "top_k": 0}
-    plain |= {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
     model.generation_config = GenerationConfig(**plain, eos_token_id=eos_id, pad_token_id=pad_id)  # not its own
-    sampled = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
+    sampled = model.generate(ids, attention_mask=mask, **sampling)[:, ids.shape[1] :].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in sampled]
 
 
@@ -366,15 +336,21 @@ def encode(
     model = _from_checkpoint(AutoModel, name, revision=revision)[0].eval().to(device)
     if max_length > (places := getattr(model.config, "max_position_embeddings", max_length)):
         raise ValueError(f"{name}: it reads {places} tokens, fewer than max_length {max_length}")
+    cut = {"truncation": True, "max_length": max_length}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
-    features = _partial(checkpoint, torch.full((len(texts), model.config.hidden_size), torch.nan))
+    features = torch.full((len(texts), model.config.hidden_size), torch.nan)
+    if checkpoint and checkpoint.exists():
+        try:
+            found = load_file(checkpoint)["features"]
+            if found.shape != features.shape:
+                raise KeyError("features of other texts")
+            features = found
+        except (SafetensorError, KeyError) as error:
+            print(f"{checkpoint}: not usable ({error}); encoding starts anew", file=sys.stderr, flush=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     saved = time.monotonic()
     for rows in tqdm([rows for rows in batches if features[rows].isnan().any()], desc="encoding", mininterval=5):
-        prompts, responses = zip(*(texts[i] for i in rows), strict=True)
-        batch = tokenizer(
-            list(prompts), list(responses), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-        ).to(device)
+        batch = tokenizer([texts[i] for i in rows], **cut, padding=True, return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1)
@@ -384,20 +360,6 @@ def encode(
                 save_file({"features": features}, temporary)
             saved = time.monotonic()
     return features
-
-
-def _partial(checkpoint: Path | None, empty: Tensor) -> Tensor:
-    """Features that a killed run has left, with NaN where it had not been; ``empty`` if there are none to use."""
-    if checkpoint is None or not checkpoint.exists():
-        return empty
-    try:
-        found = load_file(checkpoint)["features"]
-        if found.shape != empty.shape:
-            raise KeyError("features of other texts")
-    except (SafetensorError, KeyError) as error:
-        print(f"{checkpoint}: not usable ({error}); encoding starts anew", file=sys.stderr, flush=True)
-        return empty
-    return found
 
 
 def save_features(features: Tensor, ids: list[str], path: Path) -> None:
@@ -433,6 +395,5 @@ def load_language_model(name: str | Path, revision: str | None = None) -> nn.Mod
     Raises ``ValueError`` naming it for weights that are broken, not finite, or missing.
     """
     model, missing = _from_checkpoint(AutoModelForCausalLM, name, revision=revision)
-    if missing:
-        raise ValueError(f"{name}: no causal language model, weights are missing: {', '.join(missing)}")
+    _refuse(name, "no causal language model, weights are missing", missing)
     return model.eval()

@@ -8,7 +8,6 @@ import base64
 import io
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import nbformat
@@ -43,30 +42,23 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Without our path; pictures in 256 colours, a third of the size: full resolution stands in ``figures/``."""
     if "text" in output:
         output.text = re.sub(rf"{re.escape(str(ROOT))}/?", "", output.text)
     if "image/png" in output.get("data", {}):
-        output.data["image/png"] = _small_png(output.data["image/png"])
+        picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+        small = io.BytesIO()
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(small, "PNG", optimize=True)
+        output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return output
-
-
-def _small_png(encoded: str) -> str:
-    """A base64 PNG in 256 colours, about a third of the size; full resolution stands in ``figures/``."""
-    small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
-        small, "PNG", optimize=True
-    )
-    return base64.b64encode(small.getvalue()).decode()
 
 
 def refresh(notebook: Path) -> None:
     """Run ``notebook`` with its own parameters and keep its clean outputs in place."""
     import papermill
 
-    with tempfile.TemporaryDirectory() as folder:
-        executed = Path(folder) / notebook.name
-        papermill.execute_notebook(notebook, executed, kernel_name="python3", progress_bar=False)
-        nbformat.write(clean(nbformat.read(executed, as_version=4)), notebook)
+    executed = papermill.execute_notebook(notebook, None, kernel_name="python3", progress_bar=False)
+    nbformat.write(clean(executed), notebook)
 
 
 def main(command: str, stem: str = "", file: str = "") -> None:

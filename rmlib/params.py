@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Annotated, Literal
 
 import yaml
@@ -25,10 +25,9 @@ ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
 ShareOrOne = Annotated[float, Field(gt=0, le=1)]
 BelowHalf = Annotated[float, Field(gt=0, lt=0.5)]
 Name = Annotated[str, Field(min_length=1)]
-Preset = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 OnBadRow = Literal["error", "drop"]
+IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
 Schedule = Literal["linear", "inverse_sqrt", "constant"]
 
 
@@ -37,13 +36,13 @@ class Plain(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    preset: Preset
+    preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class Seeded(Plain):
     """A chapter that draws: its seeds, each once."""
 
-    seeds: Seeds
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)]
 
     @field_validator("seeds")
     @classmethod
@@ -53,7 +52,7 @@ class Seeded(Plain):
         return seeds
 
 
-def _world_and_data(p) -> None:
+def _check_world_and_data(p: BaseModel) -> BaseModel:
     if p.source != "world" and not p.data_path:
         raise ValueError(f"source = {p.source!r} needs data_path, where its files lie")
     if p.source == "world" and (p.data_path or p.base_model):
@@ -62,27 +61,23 @@ def _world_and_data(p) -> None:
         raise ValueError("source = 'convarg' is read by the encoder: leave base_model empty")
     if p.hidden_size % (2 * p.heads):
         raise ValueError(f"hidden_size = {p.hidden_size} is no even multiple of heads = {p.heads}")
+    return p
 
 
-def check_ppo(p) -> None:
-    """Raise ``ValueError`` for settings of PPO that exclude one another."""
+def check_ppo(p):
+    """Settings of PPO as they are. Raises ``ValueError`` if they exclude one another."""
     if p.reward_norm and p.reward_scaling:
         raise ValueError("reward_norm and reward_scaling exclude one another")
     if p.num_mini_batches > p.batch_size * p.rollouts_per_prompt:
         raise ValueError(f"num_mini_batches = {p.num_mini_batches} exceeds the responses of a step")
+    return p
 
 
-def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: None) -> type[Plain]:
-    """The parameters of a chapter: names by their type, and a check of what must fit together."""
-
-    def checked(self):
-        fits(self)
-        return self
-
+def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: p) -> type[Plain]:
+    """The parameters of a chapter: names by their type, and a check of what must fit together, which returns them."""
     fields = {name: (kind, ...) for kind, names in types.items() for name in names.split()}
-    return create_model(
-        "Chapter", __base__=base, __validators__={"fits": model_validator(mode="after")(checked)}, **fields
-    )
+    validators = {"fits": model_validator(mode="after")(fits)}
+    return create_model("Chapter", __base__=base, __validators__=validators, **fields)
 
 
 CHAPTERS: dict[str, type[Plain]] = {
@@ -105,7 +100,7 @@ CHAPTERS: dict[str, type[Plain]] = {
             float: "length_bias",
             bool: "labels_biased",
         },
-        fits=_world_and_data,
+        fits=_check_world_and_data,
     ),
     "01_preference_strength": _chapter(
         {
@@ -118,7 +113,7 @@ CHAPTERS: dict[str, type[Plain]] = {
             Share: "scorer_dropout",
             Shares: "growing_shares",
             Literal["prompt_id", "topic", "subset"]: "fold_group",
-            Count: "batch_size max_length fold_members dropout_passes n_sweep_seeds n_curve_pairs n_evaluations",
+            Count: "batch_size max_length fold_members dropout_passes n_sweep_seeds n_evaluations",
             CountOrZero: "bias_members n_bootstrap workers",
         }
     ),
@@ -162,9 +157,6 @@ CHAPTERS: dict[str, type[Plain]] = {
 }
 
 
-IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
-
-
 class ParameterError(ValueError):
     """One or more parameters are unknown, missing, or not of the right type or range."""
 
@@ -176,12 +168,10 @@ def check(stem: str, values: Mapping[str, object], source: str = "the parameters
     :class:`ParameterError` naming every offending key, ``source``, and the nearest key that exists.
     """
     model = CHAPTERS[stem]
-    again = any(isinstance(value, model) for value in values.values())  # the cell is run once more, amid later names
-    given = {
-        name: value
-        for name, value in values.items()
-        if _is_parameter(name, value) and (name in model.model_fields or not again)
-    }
+    named = {name: value for name, value in values.items() if not IPYTHON_NAMES.fullmatch(name)}
+    given = {name: value for name, value in named.items() if not (isinstance(value, ModuleType) or callable(value))}
+    if any(isinstance(value, model) for value in values.values()):  # the cell is run once more, amid later names
+        given = {name: value for name, value in given.items() if name in model.model_fields}
     try:
         return model(**given)
     except ValidationError as error:
@@ -197,7 +187,7 @@ def read_yaml(stem: str, path: Path, defaults: Mapping[str, object]) -> BaseMode
         raise ParameterError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(given, dict):
         raise ParameterError(f"{path}: expected 'key: value' lines, got {type(given).__name__}")
-    if strange := [key for key in given if not isinstance(key, str) or not _is_parameter(key, None)]:
+    if strange := [key for key in given if not isinstance(key, str) or IPYTHON_NAMES.fullmatch(key)]:
         raise ParameterError(f"{path}: unknown parameter {strange[0]!r}")
     return check(stem, {**defaults, **given}, source=str(path))
 
@@ -206,16 +196,10 @@ class _NoRepeats(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error rather than overwritten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of ``node``."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for n, key in enumerate(keys) if key in keys[:n]]:
             raise yaml.YAMLError(f"{repeated[0]!r} is given twice")
         return super().construct_mapping(node, deep)
-
-
-def _is_parameter(name: str, value: object) -> bool:
-    ours = isinstance(value, ModuleType | FunctionType | type) or callable(value)
-    return not IPYTHON_NAMES.fullmatch(name) and not ours
 
 
 def _explain(problem: Mapping, known: list[str]) -> str:
@@ -225,10 +209,7 @@ def _explain(problem: Mapping, known: list[str]) -> str:
         return f"unknown parameter {key!r}; the nearest is {near[0]!r}"
     if problem["type"] == "missing":
         return f"parameter {key!r} is missing"
-    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if _is_number(problem["input"]) else ""
-    return f"{key} = {problem['input']!r}: {problem['msg']}{hint}" if key else problem["msg"]
-
-
-def _is_number(value: object) -> bool:
-    """Whether ``value`` is a number written as text."""
-    return isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?", value) is not None
+    value = problem["input"]
+    number_as_text = isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?", value)
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if number_as_text else ""
+    return f"{key} = {value!r}: {problem['msg']}{hint}" if key else problem["msg"]

@@ -72,29 +72,18 @@ def train_policy_run(run: PolicyRun, folder: Path, checkpoint: Path | None = Non
     judge, critic = (models.load_reward_model(run.reward_model) for _ in range(2))
     scale = {"mean": run.reward_mean, "std": run.reward_std}
     reward_fn = ppo.reward_of_texts(judge.to(training.accelerator().device), tokenizer, **scale)
-    record = ppo.train_policy(
-        policy,
-        critic_of(critic, **scale),
-        tokenizer,
-        list(run.prompts),
-        reward_fn,
-        run.settings,
-        seed=run.seed,
-        gold_fn=gold_of_texts if run.has_gold else None,
-        checkpoint=checkpoint,
-    )
+    given = (policy, critic_of(critic, **scale), tokenizer, list(run.prompts), reward_fn, run.settings)
+    gold_fn = gold_of_texts if run.has_gold else None
+    record = ppo.train_policy(*given, seed=run.seed, gold_fn=gold_fn, checkpoint=checkpoint)
     draw = zlib.crc32(run.name.encode())  # no two policies answer from the same random numbers
     said = answer(policy, tokenizer, run.asked, seed=draw, **run.settings.sampling)
     answers = pd.DataFrame({"prompt": run.asked, "response": said, "reward": reward_fn(list(run.asked), said)})
     if run.has_gold:
         answers["gold"] = gold_of_texts(run.asked, said)
-    for name, table in (("answers", answers), *((part, pd.DataFrame(record[part])) for part in ("log", "samples"))):
-        runs.write_table(table, folder / f"{name}.parquet")
+    for name, table in {"answers": answers, "log": record["log"], "samples": record["samples"]}.items():
+        runs.write_table(pd.DataFrame(table), folder / f"{name}.parquet")
     policy.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-# ---------------------------------------------------------------- what they are worth
 
 
 def win_tie_lose(judge: world.Judge, gold: np.ndarray, other: np.ndarray) -> dict[str, float]:

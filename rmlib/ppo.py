@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from rmlib import data, models, training
 from rmlib.params import Count, CountOrZero, Positive, PositiveOrZero, ShareOrOne, check_ppo
 
+Scores = Float[Tensor, "responses"]
 PerToken = Float[Tensor, "responses tokens"]
 Mask = Bool[Tensor, "responses tokens"]
 TextReward = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 
 
-@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Settings:
     """How a policy is trained; the switches of the official code ("PPO-max") under the field's names.
 
@@ -68,10 +69,7 @@ class Settings:
     top_p: ShareOrOne = 1.0
     repetition_penalty: Positive = 1.0
 
-    @model_validator(mode="after")
-    def _fits(self):
-        check_ppo(self)
-        return self
+    _fits = model_validator(mode="after")(check_ppo)
 
     @property
     def sampling(self) -> dict:
@@ -115,13 +113,7 @@ def explained_variance(values: PerToken, returns: PerToken, mask: Mask) -> float
 
 
 def shape_rewards(
-    scores: Float[Tensor, "responses"],
-    logprobs: PerToken,
-    ref_logprobs: PerToken,
-    mask: Mask,
-    *,
-    kl_coef: float,
-    kl_estimator: str = "k1",
+    scores: Scores, logprobs: PerToken, ref_logprobs: PerToken, mask: Mask, *, kl_coef: float, kl_estimator: str = "k1"
 ) -> PerToken:
     """Reward of each token (Eq 3): the KL penalty everywhere, the response's score at its last token."""
     rewards = torch.where(mask, -kl_coef * kl_per_token(logprobs, ref_logprobs, kl_estimator), 0.0)
@@ -298,16 +290,14 @@ def ppo_step(
         width = batch["mask"].shape[1]
         old = {name: tensor[part, :width].to(device) for name, tensor in target.items()}
         with training.accelerator().autocast():
-            every = choices(policy, batch)
+            every, values = choices(policy, batch), token_values(critic, batch)
             logprobs = _said(every, batch)
-            values = token_values(critic, batch)
-        actor, seen = policy_loss(
-            logprobs, old["logprobs"], old["advantages"], old["mask"], cliprange=settings.cliprange
-        )
-        error = value_loss(values, old["values"], old["returns"], old["mask"], cliprange_value=settings.cliprange_value)
+        mask, clip, value_clip = old["mask"], settings.cliprange, settings.cliprange_value
+        actor, seen = policy_loss(logprobs, old["logprobs"], old["advantages"], mask, cliprange=clip)
+        error = value_loss(values, old["values"], old["returns"], mask, cliprange_value=value_clip)
         with torch.set_grad_enabled(settings.entropy_coef > 0):  # dear where the vocabulary is large
-            spread = masked_mean(entropy(every), old["mask"])
-        share = old["mask"].sum().item() / total
+            spread = masked_mean(entropy(every), mask)
+        share = mask.sum().item() / total
         (share * (actor + settings.vf_coef * error - settings.entropy_coef * spread)).backward()
         seen |= {"policy_loss": actor.item(), "value_loss": error.item(), "entropy": spread.item()}
         stats = {name: stats.get(name, 0.0) + share * value for name, value in seen.items()}
@@ -354,9 +344,8 @@ def learn(
         for _ in range(settings.num_ppo_epochs)
         for rows in np.array_split(rng.permutation(len(mask)), settings.num_mini_batches)
     ]
-    return {name: float(np.mean([each[name] for each in stats])) for name in stats[0]} | {
-        "explained_variance": foreseen
-    }
+    means = {name: float(np.mean([each[name] for each in stats])) for name in stats[0]}
+    return means | {"explained_variance": foreseen}
 
 
 def check_policy(policy: nn.Module, tokenizer, prompts: list[str], settings: Settings) -> None:

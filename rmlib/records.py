@@ -13,19 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 
 import pandas as pd
 from PIL import Image
 
 from rmlib import runs
 
-_LOCKS: dict[Path, int] = {}  # one handle a file: closing a second one would let go of the lock
-
 EXPECTED = ("default", "full", "convarg")  # presets whose numbers must lie where the book says
 COMMITTED = (*EXPECTED, "full_quiet", "full_noisy")  # those whose evidence belongs to the book
+_LOCKS: dict[Path, int] = {}  # one handle a file: closing a second one would let go of the lock
 
 
 class Run:
@@ -38,31 +37,25 @@ class Run:
         self.stem, self.preset, self.parameters = stem, preset, parameters
         self.started = time.time()
         self.id = runs.content_key(stem, preset, parameters, self.started)
-        self.results = runs.RESULTS / preset / stem
-        self.figures = runs.FIGURES / preset / stem
+        self.results, self.figures = runs.RESULTS / preset / stem, runs.FIGURES / preset / stem
         self.draft = self.results / "figures"
         self.files: list[str] = []
         self.made_of: set[Path] = set()
         self.notes: dict[str, object] = {}
         self.results.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        lock = self.results / ".lock"
+        if not lock.exists() or lock not in _LOCKS:
+            _LOCKS[lock] = os.open(lock, os.O_RDWR | os.O_CREAT)
+        try:  # the system lets go of it when the process ends, however
+            fcntl.lockf(_LOCKS[lock], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            problem = f"another process runs {stem} in preset {preset!r}: wait, end its kernel, or name another preset"
+            raise RuntimeError(problem) from None
         (self.results / "run.json").unlink(missing_ok=True)
         half_published = self.figures.parent.glob(f".{stem}.*.tmp")
         for left_by_a_killed_run in [self.draft, *self.results.rglob(".*.tmp"), *half_published]:
             runs.remove(left_by_a_killed_run)
         self.draft.mkdir()
-
-    def _lock(self) -> None:
-        path = self.results / ".lock"
-        if not path.exists() or path not in _LOCKS:
-            _LOCKS[path] = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:  # the system lets go of it when the process ends, however
-            fcntl.lockf(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(
-                f"another process runs {self.stem} in preset {self.preset!r}: wait for it, shut its kernel down, "
-                "or choose another name for preset"
-            ) from None
 
     def units(self, units: Sequence, work: Callable, **kwargs) -> list[Path]:
         """``runs.run_units`` in this chapter's results; the units become part of the record."""
@@ -100,11 +93,9 @@ class Run:
         ``outputs`` names the files in this chapter's results folder that later chapters read.
         Raises ``RuntimeError`` naming the figures that are missing, unannounced or empty.
         """
-        drawn = {path.stem for path in self.draft.glob("*.png") if path.stat().st_size > 0}
-        if drawn != set(figures):
-            raise RuntimeError(
-                f"figures not drawn: {sorted(set(figures) - drawn)}; not announced: {sorted(drawn - set(figures))}"
-            )
+        wanted, drawn = set(figures), {path.stem for path in self.draft.glob("*.png") if path.stat().st_size > 0}
+        if drawn != wanted:
+            raise RuntimeError(f"figures not drawn: {sorted(wanted - drawn)}; not announced: {sorted(drawn - wanted)}")
         record = self._record(outputs or {})
         _write(record, self.draft / "run.json")
         if _same_evidence(self.draft, self.figures):
@@ -123,11 +114,9 @@ class Run:
 
         seals = [_read(folder / runs.SEAL) for folder in self.made_of]
         gpu = torch.cuda.is_available()
+        given = {"id": self.id, "stem": self.stem, "preset": self.preset, "parameters": self.parameters}
         return {
-            "id": self.id,
-            "stem": self.stem,
-            "preset": self.preset,
-            "parameters": self.parameters,
+            **given,
             "seeds": self.parameters.get("seeds", []),
             **self.notes,
             "commit": _commit(),
@@ -148,14 +137,10 @@ class Run:
         }
 
 
-def forget_broken(preset: str, parameters: Mapping[str, dict] = MappingProxyType({})) -> None:
-    """Remove the record of every chapter that must run again, so that it does.
-
-    Its outputs or evidence are not whole, or it ran with other parameters than ``parameters[stem]``.
-    """
+def forget_broken(preset: str, parameters: Mapping[str, dict] | None = None) -> None:
+    """Remove the record of chapters that are not whole or ran with other than ``parameters[stem]``; they run again."""
     for record in sorted((runs.RESULTS / preset).glob("*/run.json")):
-        problem = _problem(record)
-        wanted = parameters.get(record.parent.name)
+        problem, wanted = _problem(record), (parameters or {}).get(record.parent.name)
         if not problem and wanted is not None and wanted != _read(record).get("parameters"):
             problem = "its last run had other parameters than its file"
         if problem:
@@ -172,11 +157,10 @@ def _problem(record: Path) -> str:
         found["id"]
         outputs = {name: (record.parent / item["path"], item["sha256"]) for name, item in found["outputs"].items()}
         published = runs.FIGURES / found["preset"] / found["stem"]
-        evidence = [published / name for name in [*found["files"], "run.json"]]
+        files = [published / name for name in [*found["files"], "run.json"]] + [path for path, _ in outputs.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its record run.json cannot be read"
-    missing = [path.name for path in [*evidence, *(path for path, _ in outputs.values())] if not path.exists()]
-    if missing:
+    if missing := [path.name for path in files if not path.exists()]:
         return f"missing: {', '.join(missing)}"
     broken = [name for name, (path, digest) in outputs.items() if runs.fingerprint(path) != digest]
     broken += _changed(published)
@@ -186,8 +170,7 @@ def _problem(record: Path) -> str:
 def _changed(published: Path) -> list[str]:
     """Files of published evidence that are no longer what the run left that published them."""
     try:
-        digests = _read(published / "run.json").get("sha256", {})
-        return [name for name, digest in digests.items() if runs.fingerprint(published / name) != digest]
+        return runs.changed(published, _read(published / "run.json").get("sha256", {}))
     except (OSError, ValueError, AttributeError) as error:
         return [str(error)]
 
@@ -202,14 +185,10 @@ def _write(record: dict, path: Path) -> None:
 
 def _commit() -> str:
     """The commit that the code stands at, with a plus sign if files differ from it; empty outside of git."""
-
-    def git(*command: str) -> str:
-        answer = subprocess.run(["git", "-C", str(runs.ROOT), *command], capture_output=True, text=True, check=False)
-        return answer.stdout.strip()
-
+    git = partial(subprocess.run, cwd=runs.ROOT, capture_output=True, text=True)
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "rmlib", "params")
-        return git("rev-parse", "HEAD") + "+" * bool(changed)
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", "rmlib", "params"]).stdout
+        return git(["git", "rev-parse", "HEAD"]).stdout.strip() + "+" * bool(changed)
     except FileNotFoundError:
         return ""
 
@@ -217,13 +196,13 @@ def _commit() -> str:
 def _same_evidence(new: Path, old: Path) -> bool:
     """Whether every table and figure of ``new`` stands unchanged in ``old`` (records and PDFs aside)."""
 
-    def contents(folder: Path) -> dict[str, bytes]:
-        pixels = {p.name: Image.open(p).tobytes() for p in folder.glob("*.png")}  # the files hold the run's id
-        return pixels | {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".parquet")}
+    def contents(folder: Path) -> tuple[dict, dict]:
+        files = dict.fromkeys((p.name for p in folder.iterdir()), b"")
+        files |= {p.name: Image.open(p).tobytes() for p in folder.glob("*.png")}  # the file holds the run's id
+        files |= {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".parquet")}
+        return files, _read(folder / "run.json")["parameters"]
 
     try:
-        same_names = {p.name for p in new.iterdir()} == {p.name for p in old.iterdir()}
-        same_parameters = _read(old / "run.json")["parameters"] == _read(new / "run.json")["parameters"]
-        return same_names and same_parameters and not _changed(old) and contents(new) == contents(old)
+        return not _changed(old) and contents(new) == contents(old)
     except (OSError, ValueError, KeyError):
         return False

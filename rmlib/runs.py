@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -28,8 +28,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "results", ROOT / "figures"
-
-
+SEAL = "unit.json"
 COMPUTES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -38,31 +37,27 @@ def data_folder() -> Path:
     return Path(os.environ.get("RMLIB_DATA") or ROOT / "data")
 
 
-# ---------------------------------------------------------------- content keys
-
-
 def content_key(*parts: object, code: Sequence[str] = ()) -> str:
     """Hash of ``parts``, of the modules of rmlib named in ``code``, and of versions and kind of device.
 
     Paths stand for the bytes of their file (or of all files in their folder) wherever it lies, arrays for
     their values; comments and docstrings of the code do not count.
     """
-    digest = hashlib.sha256()
-    for part in [*parts, *(_code_text(name) for name in code), _computer()]:
-        digest.update(_bytes_of(part))
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _computer() -> list[str]:
     import torch  # here, so that the Snakefile, which reads this module, starts without it
 
-    return [*(version(name) for name in COMPUTES), "cuda" if torch.cuda.is_available() else "cpu"]
+    computer = [*map(version, COMPUTES), "cuda" if torch.cuda.is_available() else "cpu"]
+    everything = [*parts, *map(_code_text, code), computer]
+    return hashlib.sha256(b"".join(map(_bytes_of, everything))).hexdigest()[:16]
 
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of a file's bytes, or of the bytes of all files in a folder."""
     return hashlib.sha256(_content_of(path)).hexdigest()
+
+
+def changed(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """Names below ``folder`` that are gone, or whose :func:`fingerprint` is not the one in ``digests``."""
+    return [name for name, old in digests.items() if not (folder / name).exists() or fingerprint(folder / name) != old]
 
 
 def _bytes_of(part: object) -> bytes:
@@ -73,9 +68,8 @@ def _bytes_of(part: object) -> bytes:
 def _content_of(part: object) -> bytes:
     if isinstance(part, Path):
         paths = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
-        names = [str(p.relative_to(part)) for p in paths]
-        hashes = [_file_hash(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        return b"".join(name.encode() + digest for name, digest in zip(names, hashes, strict=True))
+        files = [(str(p.relative_to(part)).encode(), p, p.stat()) for p in paths]
+        return b"".join(name + _file_hash(p, stat.st_size, stat.st_mtime_ns) for name, p, stat in files)
     if isinstance(part, np.ndarray):
         return f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
     if is_dataclass(part):
@@ -88,8 +82,8 @@ def _content_of(part: object) -> bytes:
 
 
 @cache
-def _file_hash(path: str, size: int, mtime_ns: int) -> bytes:
-    with Path(path).open("rb") as file:
+def _file_hash(path: Path, size: int, mtime_ns: int) -> bytes:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
@@ -97,18 +91,10 @@ def _file_hash(path: str, size: int, mtime_ns: int) -> bytes:
 def _code_text(name: str) -> str:
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body.pop(0)
+        match node:
+            case ast.AST(body=[ast.Expr(ast.Constant()), *_]):  # a docstring
+                node.body.pop(0)
     return ast.dump(tree)
-
-
-# ---------------------------------------------------------------- files
 
 
 @contextmanager
@@ -128,16 +114,12 @@ def atomic(path: Path):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except Exception as error:
-        if _disk_full(error, path.parent):
+        said_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if said_full or shutil.disk_usage(path.parent).free < 2**16:  # libraries that write in C++ do not say so
             raise OSError(errno.ENOSPC, f"the disk is full: {path} was not written; make room and run again") from error
         raise
     finally:
         remove(temporary)
-
-
-def _disk_full(error: Exception, folder: Path) -> bool:
-    """Whether ``error`` comes of a full disk; libraries that write in C++ do not say so themselves."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < 2**16
 
 
 def remove(path: Path) -> None:
@@ -150,15 +132,8 @@ def remove(path: Path) -> None:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table to Parquet or CSV, atomically."""
     with atomic(path) as temporary:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False, float_format="%.6g")
-        else:
-            table.to_parquet(temporary, index=False)
-
-
-# ---------------------------------------------------------------- units
-
-SEAL = "unit.json"
+        write = partial(table.to_csv, float_format="%.6g") if path.suffix == ".csv" else table.to_parquet
+        write(temporary, index=False)
 
 
 def made(path: Path, make: Callable[[Path, Path], None]) -> Path:
@@ -172,10 +147,9 @@ def made(path: Path, make: Callable[[Path, Path], None]) -> Path:
         with atomic(path) as temporary:
             temporary.mkdir(parents=True)
             make(temporary, checkpoint)
-            files = {
-                str(file.relative_to(temporary)): fingerprint(file) for file in temporary.rglob("*") if file.is_file()
-            }
-            seal = {"seconds": round(time.time() - started, 2), "peak_memory_mb": peak_memory_mb(), "files": files}
+            files = [file for file in temporary.rglob("*") if file.is_file()]
+            digests = {str(file.relative_to(temporary)): fingerprint(file) for file in files}
+            seal = {"seconds": round(time.time() - started, 2), "peak_memory_mb": peak_memory_mb(), "files": digests}
             (temporary / SEAL).write_text(json.dumps(seal, indent=1))
     checkpoint.unlink(missing_ok=True)
     return path
@@ -186,9 +160,7 @@ def is_whole(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
-        there = {name: fingerprint(folder / name) if (folder / name).is_file() else "" for name in files}
-        broken = [name for name, digest in files.items() if there[name] != digest]
+        broken = changed(folder, json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         broken = [f"{SEAL}: {error}"]
     if broken:

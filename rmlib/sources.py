@@ -80,7 +80,7 @@ def sift(rows: Iterable[Placed], path: Path, on_bad_row: str, *tests: Callable[[
     return kept
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- files and their rows
 
 
 def locate(path: str, revision: str = "main") -> Path:
@@ -135,7 +135,13 @@ def _pieces(name: str, content: bytes) -> tuple[Callable, Iterable]:
         return lambda batch: batch.to_pylist()[0], table.to_batches(max_chunksize=1)
     text = content.decode("utf-8-sig", "surrogateescape")  # _row tells what is not UTF-8
     if name.endswith(".csv"):
-        return dict, _csv_rows(text)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for column, n in Counter(reader.fieldnames).items():
+                _check(n == 1, f"column {column!r} is there twice", ValueError)
+            return dict, [row if None not in row else {None: "too many fields"} for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"line {reader.reader.line_num}: {error}") from None
     parse = partial(json.loads, object_pairs_hook=_no_repeats)
     if name.endswith(".json") and text.lstrip()[:1] == "[":
         return lambda row: row, parse(text)
@@ -153,23 +159,9 @@ def _row(parse: Callable[[object], object], piece: object) -> dict:
     return row if isinstance(row, dict) else {None: "not an object"}
 
 
-def _csv_rows(text: str) -> Iterator[dict]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for name, n in Counter(reader.fieldnames or []).items():
-            _check(n == 1, f"column {name!r} is there twice", ValueError)
-        for row in reader:
-            yield row if None not in row else {None: "too many fields"}
-    except csv.Error as error:
-        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
-
-
 def _no_repeats(items: list[tuple[str, object]]) -> dict:
     row = dict(items)
     return row if len(row) == len(items) else row | {None: "a key is given twice"}
-
-
-# ---------------------------------------------------------------- fields of a row
 
 
 def _field(row: Mapping, name: str, *types: type, note: str = "") -> object:
@@ -208,20 +200,18 @@ def _votes(given: object, choices: Sequence[int] = (1, 0, -1), wanted: str = "+1
 
 def _scores(row: Mapping, name: str) -> list[float]:
     scores = _field(row, name)
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
-    good = numbers and len(scores) > 1 and all(map(math.isfinite, scores))
-    _check(good, f"bad scores: {name} = {scores!r:.60}: a list of at least two finite numbers")
+    finite = isinstance(scores, list) and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+    _check(finite and len(scores) > 1, f"bad scores: {name} = {scores!r:.60}: a list of at least two finite numbers")
     return list(map(float, scores))
 
 
 def _turns(name: str, value: object) -> list[dict]:
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    good = turns and isinstance(turns, list)
-    _check(good, f"wrong type: {name} is {type(turns).__name__}, not text or a list of turns")
-    wanted = f"a turn has a role ({', '.join(ROLES)}) and a content"
+    problem = f"wrong type: {name} is {type(turns).__name__}, not text or a list of turns"
+    _check(turns and isinstance(turns, list), problem)
     for turn in turns:
         good = isinstance(turn, dict) and turn.get("role") in tuple(ROLES) and isinstance(turn.get("content"), str)
-        _check(good, f"wrong type: {name}: {wanted}, not {turn!r:.80}")
+        _check(good, f"wrong type: {name}: a turn has a role ({', '.join(ROLES)}) and a content, not {turn!r:.80}")
         _check(turn["content"].strip(), f"empty field: a turn of {name!r}")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
@@ -252,7 +242,8 @@ def preference_rows(
     pair_of = {"hh": _hh_pair, "pandalm": _pandalm_pair, "table": table_pair}[source]
     given = read_folder(path, HH_FILES) if source == "hh" else read_rows(path)
     fits = partial(_fits, tokenizer=tokenizer, max_length=max_length)
-    rows = sift(given, path, on_bad_row, pair_of, _Once(), fits)
+    once = partial(_once, columns=set(), seen={}, split_of={})
+    rows = sift(given, path, on_bad_row, pair_of, once, fits)
     print(f"{path.name}: {len(rows)} pairs")
     if source == "hh" and all("split" in row for row in rows):  # HH's test part alone is divided like any set
         rows = [{name: value for name, value in row.items() if name != "split"} for row in rows]
@@ -338,27 +329,19 @@ def chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str:
     return getattr(tokenizer, "chat_template", None) or ""
 
 
-class _Once:
-    """Tells rows that repeat an id or a pair, whose prompt stands in another split, or whose columns differ."""
-
-    def __init__(self):
-        self.columns: set[str] = set()
-        self.seen: dict[object, str] = {}  # place of every pair and id
-        self.split_of: dict[str, tuple[str, str]] = {}
-
-    def __call__(self, place: str, row: dict) -> dict:
-        pair, name, split = (row["prompt"], row["chosen"], row["rejected"]), row["pair_id"], row.get("split", "none")
-        columns = set(row) | {"split"}  # rows without split are drawn
-        self.columns = self.columns or columns
-        _check(
-            columns == self.columns, f"missing field: only some rows have {', '.join(sorted(columns ^ self.columns))}"
-        )
-        _check(pair not in self.seen, f"repeated pair: it stands in {self.seen.get(pair)}")
-        _check(name not in self.seen, f"duplicated id: {name!r} belongs to {self.seen.get(name)}")
-        there, first = self.split_of.setdefault(row["prompt_id"], (split, place))
-        _check(split == there, f"prompt in two splits: {there} in {first}, here {split}")
-        self.seen |= {pair: place, name: place}
-        return row
+def _once(place: str, row: dict, columns: set, seen: dict, split_of: dict) -> dict:
+    """A row with the same ``columns`` as all, a pair and an id not yet ``seen``, and a prompt that has one split."""
+    pair, name, split = (row["prompt"], row["chosen"], row["rejected"]), row["pair_id"], row.get("split", "none")
+    names = {*row, "split"}  # rows without split are drawn
+    odd = names ^ (columns or names)
+    _check(not odd, f"missing field: only some rows have {', '.join(sorted(odd))}")
+    columns |= names
+    _check(pair not in seen, f"repeated pair: it stands in {seen.get(pair)}")
+    _check(name not in seen, f"duplicated id: {name!r} belongs to {seen.get(name)}")
+    there, first = split_of.setdefault(row["prompt_id"], (split, place))
+    _check(split == there, f"prompt in two splits: {there} in {first}, here {split}")
+    seen |= {pair: place, name: place}
+    return row
 
 
 def _fits(place: str, row: dict, tokenizer, max_length: int | None) -> dict:
@@ -391,7 +374,7 @@ def _with_splits(rows: list[dict], path: Path, validation_share: float, seed: in
     return split
 
 
-# ---------------------------------------------------------------- pairs that several people judged
+# ---------------------------------------------------------------- people's votes and scores
 
 
 def pandalm_pairs(path: Path, **settings) -> list[dict]:
@@ -446,21 +429,12 @@ def _convarg_file(path: Path) -> Iterator[dict]:
         wrong += ["duplicated id"] * (get["id"] in ids)
         _check(not wrong, f"{path}: pair {n} ({pair.findtext('id')}): {', '.join(wrong)}", DataError)
         ids.add(get["id"])
-        yield {
-            "pair_id": f"{path.stem}/{get['id']}",
-            "prompt_id": path.stem,
-            "prompt": f"{get['debateMetaData/title']} | {get['arg1/stance']}",
-            "id_a": f"{path.stem}/{get['arg1/id']}",
-            "id_b": f"{path.stem}/{get['arg2/id']}",
-            "response_a": get["arg1/text"],
-            "response_b": get["arg2/text"],
-            "ballots": [CONVARG_VOTES[vote] for vote in votes],
-            "subset": path.stem.split("_")[0].strip("-"),
-            "topic": path.stem,
-        }
-
-
-# ---------------------------------------------------------------- sets with their voters' scores
+        row = {"pair_id": get["id"], "id_a": get["arg1/id"], "id_b": get["arg2/id"]}
+        row = {name: f"{path.stem}/{given}" for name, given in row.items()}
+        row |= {"response_a": get["arg1/text"], "response_b": get["arg2/text"]}
+        row |= {"prompt": f"{get['debateMetaData/title']} | {get['arg1/stance']}", "prompt_id": path.stem}
+        row |= {"subset": path.stem.split("_")[0].strip("-"), "topic": path.stem}
+        yield row | {"ballots": [CONVARG_VOTES[vote] for vote in votes]}
 
 
 def annotated_pairs(path: Path, on_bad_row: str = "error") -> pd.DataFrame:

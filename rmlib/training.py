@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -149,17 +149,11 @@ def resume(path: Path | None, state: dict, record: dict[str, list]) -> None:
 
 
 def train_sft(
-    model: nn.Module,
-    demonstrations: data.Responses,
-    optimisation: Optimisation,
-    *,
-    epochs: int,
-    seed: int,
-    **kwargs,
+    model: nn.Module, demonstrations: data.Responses, optimisation: Optimisation, *, epochs: int, seed: int, **kwargs
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Fine-tune a causal LM on the responses of ``demonstrations``; returns it with its log (step, loss)."""
-    rng, rows = np.random.default_rng(seed), np.arange(len(demonstrations.prompt))
-    lengths = demonstrations.lengths
+    rng, lengths = np.random.default_rng(seed), demonstrations.lengths
+    rows = np.arange(len(lengths))
     batches = [b for _ in range(epochs) for b in data.length_batches(lengths, rows, optimisation.batch_size, rng)]
     record: dict[str, list] = {"log": []}
 
@@ -183,8 +177,8 @@ class RewardRun:
     rows of the preference set in ``preferences`` (Parquet); those also in ``flipped`` are trained with their
     labels swapped. ``data_seed`` orders the pairs, ``head_seed`` draws the head. Training
     lasts ``epochs``, or ``steps`` if given (more passes are made as needed). The pairs of ``score_rows`` are
-    scored at the end, and at ``snapshots`` equal intervals before; a log is kept on ``eval_rows`` at
-    ``evaluations`` equal intervals. ``dropout_passes`` > 0 adds that many scorings with dropout on.
+    scored at ``snapshots`` equal intervals, the last at the end; ``dropout_passes`` adds as many scorings with
+    dropout on.
 
     The treatments of :func:`rmlib.losses.pairwise_loss`: ``label_smoothing``, ``flip_rate``, and ``margin`` and
     ``target`` with one value for every pair of the set. ``self_smoothing`` moves each pair's target that share of
@@ -212,8 +206,6 @@ class RewardRun:
     lm_coef: float = 0.0
     dropout: float = 0.0
     max_length: int = 256
-    eval_rows: np.ndarray | None = None
-    evaluations: int = 0
     snapshots: int = 1
     dropout_passes: int = 0
     keep_model: bool = False
@@ -234,16 +226,12 @@ class RewardRun:
                     raise ValueError(f"{self.name}: the {name} of row {row} is {values[row]}")
 
 
+DROPOUT = 1000  # the number of a unit's first scoring with dropout, counted as a snapshot
 REWARD_RUN_CODE = ("losses", "models", "data", "training")
 
 
 def open_preferences(path: Path) -> Dataset:
     """The preference set in a Parquet file."""
-    return _open_preferences(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4)
-def _open_preferences(path: Path, mtime_ns: int) -> Dataset:
     return Dataset.from_pandas(pd.read_parquet(path), preserve_index=False)
 
 
@@ -278,8 +266,7 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     """Train one reward model; write ``scores.parquet`` and ``log.parquet`` (and the model) to ``folder``.
 
     Scores: ``pair_id, snapshot, reward_chosen, reward_rejected``, chosen and rejected as labelled; the last
-    snapshot is the finished model, dropout passes count on from 1000. Log: ``step, loss`` and, where
-    evaluated, accuracy and loss on the evaluation rows and on as many of the pairs trained on.
+    snapshot is the finished model, dropout passes count on from ``DROPOUT``. Log: ``step, loss``.
     """
     pairs = tokenized(run.preferences, run.base, run.max_length)
     pair_id = np.array(open_preferences(run.preferences)["pair_id"])
@@ -291,32 +278,21 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     if run.snapshots > len(batches):
         raise ValueError(f"{run.name}: {run.snapshots} snapshots of only {len(batches)} steps")
     scored_at = {round(len(batches) * (k + 1) / run.snapshots): k for k in range(run.snapshots)}
-    evaluated_at = {round(len(batches) * (k + 1) / run.evaluations) for k in range(run.evaluations)}
-    seen_rows = np.random.default_rng(0).permutation(run.rows)[
-        : len(run.rows if run.eval_rows is None else run.eval_rows)
-    ]
-    treatment = _treatment(run, len(pair_id))
-    record: dict[str, list] = {"log": [], "scores": [], "treatment": [treatment]}
+    record: dict[str, list] = {"log": [], "scores": [], "treatment": [_treatment(run, len(pair_id))]}
     epoch_steps = math.ceil(len(run.rows) / run.optimisation.batch_size)
 
     def score(snapshot: int, dropout: bool = False) -> None:
         rewards = score_pairs(model, pairs, run.score_rows, dropout=dropout)
         record["scores"].append({"snapshot": snapshot} | {side: torch.from_numpy(r) for side, r in rewards.items()})
 
-    def smooth() -> None:
-        rewards = score_pairs(model, pairs, run.rows, flipped=flipped)
-        believed = torch.from_numpy(rewards["reward_chosen"] - rewards["reward_rejected"]).sigmoid()
-        target = record["treatment"][0]["target"]
-        target[run.rows] = torch.lerp(target[run.rows], believed, run.self_smoothing)
-
     def after_step(row: dict) -> None:
-        if row["step"] in evaluated_at:
-            row |= _evaluate(model, pairs, run.eval_rows, flipped & False, "eval_")
-            row |= _evaluate(model, pairs, seen_rows, flipped, "train_")
         if row["step"] in scored_at:
             score(scored_at[row["step"]])
         if run.self_smoothing and row["step"] % epoch_steps == 0:
-            smooth()
+            rewards = score_pairs(model, pairs, run.rows, flipped=flipped)
+            believed = torch.from_numpy(rewards["reward_chosen"] - rewards["reward_rejected"]).sigmoid()
+            target = record["treatment"][0]["target"]
+            target[run.rows] = torch.lerp(target[run.rows], believed, run.self_smoothing)
 
     def collate(rows: np.ndarray) -> dict[str, Tensor]:
         return pairs.collate(rows, flipped) | {name: values[rows] for name, values in record["treatment"][0].items()}
@@ -325,14 +301,8 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     fit(model, batches, collate, partial(_reward_loss, run), run.optimisation, **keep)
     torch.manual_seed(run.data_seed)
     for k in range(run.dropout_passes):
-        score(1000 + k, dropout=True)
-    sides = ("reward_chosen", "reward_rejected")
-    scores = [
-        pd.DataFrame({"pair_id": pair_id[run.score_rows], "snapshot": taken["snapshot"]}).assign(
-            **{side: taken[side].numpy() for side in sides}
-        )
-        for taken in record["scores"]
-    ]
+        score(DROPOUT + k, dropout=True)
+    scores = [pd.DataFrame({"pair_id": pair_id[run.score_rows]} | taken) for taken in record["scores"]]
     runs.write_table(pd.concat(scores), folder / "scores.parquet")
     runs.write_table(pd.DataFrame(record["log"]), folder / "log.parquet")
     if run.keep_model:
@@ -373,7 +343,6 @@ def forecast(todo: Sequence[RewardRun], workers: int) -> str:
         trained += tokens * (2 if run.lm_coef else 1)
         scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
         scored += tokens * (run.self_smoothing > 0)
-        scored += 2 * run.evaluations * int(0 if run.eval_rows is None else lengths[run.eval_rows].sum())
     minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
     about = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(60 * minutes, 10):.0f} seconds"
     kind = "pairs" if models.is_features(todo[0].base) else "tokens"
@@ -388,10 +357,7 @@ def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
     pairs, threads, times = tokenized(run.preferences, run.base, run.max_length), torch.get_num_threads(), []
     batches = (run_batches(run, pairs.lengths) * (n_steps + 2))[: n_steps + 2]
     model, nobody = models.reward_model(run.base, head_seed=0, dropout=run.dropout), np.zeros(len(pairs.chosen), bool)
-
-    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return losses.pairwise_loss(*models.pair_rewards(model, batch))
-
+    loss_fn = partial(_reward_loss, replace(run, lm_coef=0.0))
     torch.set_num_threads(1)
     try:
         note = {"after_step": lambda row: times.append(time.perf_counter())}
@@ -422,14 +388,3 @@ def score_pairs(
         out[:, batch_rows] = torch.stack(models.pair_rewards(model, batch)).cpu().numpy()
     model.train(training)
     return {"reward_chosen": out[0, rows], "reward_rejected": out[1, rows]}
-
-
-def _evaluate(model: nn.Module, pairs, rows: np.ndarray, flipped: np.ndarray, prefix: str) -> dict[str, float]:
-    rewards = score_pairs(model, pairs, rows, flipped=flipped)
-    gap = rewards["reward_chosen"] - rewards["reward_rejected"]
-    return {
-        f"{prefix}accuracy": float((gap > 0).mean()),
-        f"{prefix}loss": float(np.logaddexp(0, -gap).mean()),
-        f"{prefix}reward_chosen": float(rewards["reward_chosen"].mean()),
-        f"{prefix}reward_rejected": float(rewards["reward_rejected"].mean()),
-    }

@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 
 from rmlib.evaluation import bands
-from rmlib.training import RewardRun
-
-# ---------------------------------------------------------------- members
+from rmlib.training import DROPOUT, RewardRun
 
 
 def members(run: RewardRun, n_members: int, *, vary_head: bool = False) -> list[RewardRun]:
@@ -24,12 +22,7 @@ def members(run: RewardRun, n_members: int, *, vary_head: bool = False) -> list[
     The paper varies the order only (its default); member ``m`` takes ``data_seed + m``.
     """
     return [
-        replace(
-            run,
-            name=f"{run.name}-m{m}",
-            data_seed=run.data_seed + m,
-            head_seed=run.head_seed + (m if vary_head else 0),
-        )
+        replace(run, name=f"{run.name}-m{m}", data_seed=run.data_seed + m, head_seed=run.head_seed + m * vary_head)
         for m in range(n_members)
     ]
 
@@ -44,28 +37,19 @@ def fold_plan(
     combination of two folds. ``chosen, rejected, group`` hold the ids of all pairs, indexed by ``rows``.
     Raises ``ValueError`` for an unknown kind, or for fewer units than folds.
     """
-    rng = np.random.default_rng(seed)
-
-    def assign(ids: np.ndarray) -> dict:
-        names = np.unique(ids)
-        if len(names) < n_folds:
-            raise ValueError(f"{len(names)} units by {by} cannot fill {n_folds} folds")
-        return dict(zip(rng.permutation(names), np.arange(len(names)) % n_folds, strict=True))
-
-    if by == "response":
-        fold = assign(np.concatenate([chosen[rows], rejected[rows]]))
-        first, second = (np.array([fold[name] for name in ids[rows]]) for ids in (chosen, rejected))
-    elif by in ("pair", "group"):
-        fold = assign(rows if by == "pair" else group[rows])
-        first = second = np.array([fold[unit] for unit in (rows if by == "pair" else group[rows])])
-    else:
-        raise ValueError(f"unknown kind of fold {by!r}; choose from pair, response, group")
-    plan = []
-    for i, j in sorted(set(zip(np.minimum(first, second).tolist(), np.maximum(first, second).tolist(), strict=True))):
-        hidden = np.isin(first, [i, j]) | np.isin(second, [i, j])
-        scored = ((first == i) & (second == j)) | ((first == j) & (second == i))
-        plan.append((rows[~hidden], rows[scored]))
-    return plan
+    kinds = {"pair": [rows], "response": [chosen[rows], rejected[rows]], "group": [group[rows]]}
+    if by not in kinds:
+        raise ValueError(f"unknown kind of fold {by!r}; choose from {', '.join(kinds)}")
+    units = kinds[by]  # one array of ids, or two, with a fold each
+    names = np.unique(np.concatenate(units))
+    if len(names) < n_folds:
+        raise ValueError(f"{len(names)} units by {by} cannot fill {n_folds} folds")
+    fold = dict(zip(np.random.default_rng(seed).permutation(names), np.arange(len(names)) % n_folds, strict=True))
+    folds = np.sort([[fold[unit] for unit in row] for row in zip(*units, strict=True)], axis=1)
+    return [
+        (rows[~np.isin(folds, hidden).any(axis=1)], rows[(folds == hidden).all(axis=1)])
+        for hidden in np.unique(folds, axis=0)
+    ]
 
 
 def out_of_fold(run: RewardRun, plan: Sequence[tuple[np.ndarray, np.ndarray]], n_members: int) -> list[RewardRun]:
@@ -77,15 +61,14 @@ def out_of_fold(run: RewardRun, plan: Sequence[tuple[np.ndarray, np.ndarray]], n
     ]
 
 
-# ---------------------------------------------------------------- scores and strength
-
-
-def read_rewards(folder: Path, pair_ids: Sequence[str], snapshot: int = 0) -> np.ndarray:
-    """Rewards (pairs, 2) of chosen and rejected that one unit gave, in the order of ``pair_ids``.
+def read_rewards(folder: Path, pair_ids: Sequence[str], snapshot: int | None = None) -> np.ndarray:
+    """Rewards (pairs, 2) that one unit, finished or at a ``snapshot``, gave to chosen and rejected of ``pair_ids``.
 
     NaN where it scored no such pair. Raises ``ValueError`` for a snapshot that it did not take.
     """
     scores = pd.read_parquet(folder / "scores.parquet")
+    if snapshot is None:
+        snapshot = scores["snapshot"][scores["snapshot"] < DROPOUT].max()
     taken = scores[scores["snapshot"] == snapshot].set_index("pair_id")
     if taken.empty:
         raise ValueError(f"{folder.name} holds no snapshot {snapshot}, only {sorted(set(scores['snapshot']))}")
@@ -120,38 +103,26 @@ def read_strength(
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a table ({error})") from None
     if lacking := {"pair_id", "mean", "std"} - set(table.columns):
-        raise ValueError(
-            f"{path}: no column {', '.join(sorted(lacking))}; there are {', '.join(map(str, table.columns))}"
-        )
+        there = ", ".join(map(str, table.columns))
+        raise ValueError(f"{path}: no column {', '.join(sorted(lacking))}; there are {there}")
     if table["pair_id"].isna().any():
         raise ValueError(f"{path}: row {int(np.argmax(table['pair_id'].isna())) + 1} has no pair_id")
     table["pair_id"] = table["pair_id"].astype(str)
     if seed is not None and "seed" in table:
         table = table[table["seed"] == seed]
-    twice = table["pair_id"][table["pair_id"].duplicated()]
-    unknown = sorted(set(pair_ids) - set(table["pair_id"]))
     for column in ("mean", "std"):
         if not pd.api.types.is_numeric_dtype(table[column]):
             raise ValueError(f"{path}: column {column} holds no numbers")
-    wrong = table["pair_id"][~np.isfinite(table["mean"]) | ~np.isfinite(table["std"]) | (table["std"] < 0)]
-    for problem, pairs in (
-        ("twice", list(twice)),
-        ("missing", unknown),
-        ("with no finite mean and spread", list(wrong)),
-    ):
-        if pairs:
-            raise ValueError(f"{path}: {len(pairs)} pairs {problem}, the first is {pairs[0]!r}")
+    ids, good = table["pair_id"], np.isfinite(table[["mean", "std"]].astype(float)).all(axis=1) & (table["std"] >= 0)
+    wrong = {"twice": ids[ids.duplicated()], "missing": sorted(set(pair_ids) - set(ids))}
+    for problem, pairs in (wrong | {"with no finite mean and spread": ids[~good]}).items():
+        if len(pairs):
+            raise ValueError(f"{path}: {len(pairs)} pairs {problem}, the first is {next(iter(pairs))!r}")
     table = table.set_index("pair_id").loc[list(pair_ids)].reset_index()
     if chosen_ids is not None and "chosen_id" in table and (other := table["chosen_id"] != list(chosen_ids)).any():
         pair = table["pair_id"][other].iloc[0]
         raise ValueError(f"{path}: {other.sum()} pairs are labelled otherwise than here, the first is {pair!r}")
     return table
-
-
-def vote_subsets(margins: np.ndarray, size: int, n_draws: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Mean margins of ``n_draws`` random committees of ``size`` members."""
-    picks = (rng.choice(len(margins), size, replace=False) for _ in range(n_draws))
-    return [margins[pick].mean(axis=0) for pick in picks]
 
 
 def slices(mean: np.ndarray, n: int) -> list[np.ndarray]:

@@ -65,8 +65,7 @@ def topics(family: str, *, held_out: bool) -> Mapping[str, list | dict]:
     return LANGUAGE[family]["held_out" if held_out else "topics"]
 
 
-def _all_topics(family: str) -> dict:
-    return {**topics(family, held_out=False), **topics(family, held_out=True)}
+ALL_TOPICS = {family: topics(family, held_out=False) | topics(family, held_out=True) for family in FAMILIES}
 
 
 # ---------------------------------------------------------------- reading
@@ -76,9 +75,9 @@ def _fixed_clauses() -> dict[str, Clause]:
     table = {}
     for kind in ("refusals", "reasons", "polite", "rude", "filler"):
         table.update({text: Clause(kind, index=i) for i, text in enumerate(LANGUAGE[kind])})
-    for topic, steps in _all_topics("helpful").items():
+    for topic, steps in ALL_TOPICS["helpful"].items():
         table.update({text: Clause("step", topic, i) for i, text in enumerate(steps)})
-    for topic, sides in _all_topics("harmless").items():
+    for topic, sides in ALL_TOPICS["harmless"].items():
         for kind in ("unsafe", "alternatives"):
             table.update({text: Clause(kind, topic, i) for i, text in enumerate(sides[kind])})
     return table
@@ -87,7 +86,7 @@ def _fixed_clauses() -> dict[str, Clause]:
 def _fact_patterns() -> list[tuple[re.Pattern, str, int, tuple[str, ...]]]:
     choice = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in LANGUAGE["slots"].items()}
     rows = []
-    for topic, facts in _all_topics("summary").items():
+    for topic, facts in ALL_TOPICS["summary"].items():
         for i, (long, short) in enumerate(facts.items()):
             told = tuple(re.findall(r"{(\w+)}", short))
             rows += [(re.compile(form.format(**choice)), topic, i, told) for form in (long, short)]
@@ -97,7 +96,7 @@ def _fact_patterns() -> list[tuple[re.Pattern, str, int, tuple[str, ...]]]:
 _FIXED = _fixed_clauses()
 _FACTS = _fact_patterns()
 _CONNECTOR = re.compile(rf"^({'|'.join(sorted(LANGUAGE['connectors'], key=len, reverse=True))})( |$)")
-_TASKS = {task: family for family in ("helpful", "harmless") for task in _all_topics(family)}
+_TASKS = {task: family for family in ("helpful", "harmless") for task in ALL_TOPICS[family]}
 _TASK = re.compile(rf"\b({'|'.join(sorted(_TASKS, key=len, reverse=True))})\b")
 
 
@@ -148,7 +147,7 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
     invented = [c for c in distinct if c.kind == "fact" and task.family == "summary" and c not in wanted]
     topical = [c for c in distinct if c.kind in ("step", "alternatives", "fact", "unknown")]
     stray = [c for c in topical if c not in wanted and c not in invented]
-    inventory = _all_topics(task.family)[task.topic]
+    inventory = ALL_TOPICS[task.family][task.topic]
     n_wanted = len(inventory["alternatives"] if task.family == "harmless" else inventory)
     order = [c.index for c in wanted] if task.family == "helpful" else []
     refused = min(count["refusals"], 1)
@@ -210,18 +209,14 @@ def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def _write_report(rng: np.random.Generator, topic: str) -> str:
-    """A report of three facts; each fact draws its own values, but a name used twice stays the same."""
-    values = {name: _pick(rng, options) for name, options in LANGUAGE["slots"].items()}
-    return ". ".join(long.format(**values) for long in _all_topics("summary")[topic]) + "."
-
-
 def write_prompt(rng: np.random.Generator, family: str, *, held_out: bool) -> str:
     """A random prompt of a family, about an ordinary or a held-out topic."""
     topic = _pick(rng, list(topics(family, held_out=held_out)))
     form = _pick(rng, LANGUAGE[family]["prompts"])
     if family == "summary":
-        return english(form.format(report=_write_report(rng, topic)))
+        values = {name: _pick(rng, options) for name, options in LANGUAGE["slots"].items()}  # one for the whole report
+        report = ". ".join(long.format(**values) for long in ALL_TOPICS["summary"][topic]) + "."
+        return english(form.format(report=report))
     contexts = rng.choice(LANGUAGE["contexts"], size=rng.integers(3), replace=False)
     return english(" ".join([form.format(task=topic), *contexts]))
 
@@ -244,14 +239,14 @@ def write_response(rng: np.random.Generator, prompt: str) -> str:
 def _write_steps(rng: np.random.Generator, task: Task, care: float) -> list[str]:
     if rng.random() < 0.08:
         return [_pick(rng, LANGUAGE["refusals"])]
-    steps = [s for s in _all_topics("helpful")[task.topic] if rng.random() < care]
+    steps = [s for s in ALL_TOPICS["helpful"][task.topic] if rng.random() < care]
     if len(steps) > 1 and rng.random() < 0.6 * (1 - care):
         i = rng.integers(len(steps) - 1)
         steps[i], steps[i + 1] = steps[i + 1], steps[i]
     for _ in range(rng.binomial(2, 0.5 * (1 - care))):
         other = _pick(rng, list(topics("helpful", held_out=False).values()))
         steps.insert(rng.integers(len(steps) + 1), _pick(rng, other))
-    steps = steps or [_pick(rng, _all_topics("helpful")[task.topic])]
+    steps = steps or [_pick(rng, ALL_TOPICS["helpful"][task.topic])]
     if rng.random() < 0.3:
         return steps
     links = ["first", *rng.choice(["then", "next", "after that"], size=len(steps))]
@@ -260,7 +255,7 @@ def _write_steps(rng: np.random.Generator, task: Task, care: float) -> list[str]
 
 
 def _write_reaction(rng: np.random.Generator, task: Task, care: float) -> list[str]:
-    sides = _all_topics("harmless")[task.topic]
+    sides = ALL_TOPICS["harmless"][task.topic]
     refuses = rng.random() < 0.35 + 0.5 * care
     complies = rng.random() < (0.15 if refuses else 0.9)
     clauses = [_pick(rng, LANGUAGE["refusals"])] if refuses else []
@@ -276,7 +271,7 @@ def _write_reaction(rng: np.random.Generator, task: Task, care: float) -> list[s
 
 
 def _write_summary(rng: np.random.Generator, task: Task, care: float) -> list[str]:
-    forms = list(_all_topics("summary")[task.topic].items())
+    forms = ALL_TOPICS["summary"][task.topic].items()
     clauses = []
     for (long, short), values in zip(forms, task.facts, strict=True):
         if rng.random() > care:
@@ -302,20 +297,17 @@ def write_prompts(sizes: Mapping[str, int], seed: int) -> list[dict]:
             raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
         for n in range(size):
             family = FAMILIES[n % len(FAMILIES)]
-            prompt = _new_prompt(rng, family, split, seen)
+            for _ in range(1000):
+                held_out = split == "ood" or (split == "sft" and rng.random() < 0.2)
+                prompt = write_prompt(rng, family, held_out=held_out)
+                if prompt not in seen:
+                    break
+            else:
+                raise ValueError(f"no new {family} prompt left for split {split!r}: ask for fewer prompts")
+            seen.add(prompt)
             row = {"prompt_id": f"{split}-{n}", "prompt": prompt, "subset": family}
             rows.append(row | {"topic": read_prompt(prompt).topic, "split": split})
     return rows
-
-
-def _new_prompt(rng: np.random.Generator, family: str, split: str, seen: set[str]) -> str:
-    for _ in range(1000):
-        held_out = split == "ood" or (split == "sft" and rng.random() < 0.2)
-        prompt = write_prompt(rng, family, held_out=held_out)
-        if prompt not in seen:
-            seen.add(prompt)
-            return prompt
-    raise ValueError(f"no new {family} prompt left for split {split!r}: ask for fewer prompts")
 
 
 def text_id(text: str) -> str:

@@ -19,6 +19,8 @@ from jaxtyping import install_import_hook
 with install_import_hook("rmlib.losses", "beartype.beartype"):
     import rmlib.losses  # noqa: F401
 
+import tiny
+
 from rmlib import data, models, runs, world
 
 torch.set_num_threads(1)
@@ -78,7 +80,7 @@ def default_prompts() -> list[dict]:
 @pytest.fixture(scope="session")
 def many_pairs(default_prompts) -> list[dict]:
     """Thousands of unlabelled pairs of the world, for shares that need them."""
-    return data.world_pairs(default_prompts, seed=1, responses_per_prompt=3)
+    return world.write_pairs(tiny.paired(default_prompts), seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +92,7 @@ def tiny_prompts() -> list[dict]:
 @pytest.fixture(scope="session")
 def tiny_pairs(tiny_prompts) -> list[dict]:
     """Two unlabelled pairs for each of the tiny prompts that belong to preferences: 48."""
-    return data.world_pairs(tiny_prompts, seed=1, responses_per_prompt=3)
+    return world.write_pairs(tiny.paired(tiny_prompts), seed=1)
 
 
 @pytest.fixture(scope="session")

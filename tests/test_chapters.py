@@ -31,7 +31,7 @@ SMALL = {
     | {"sft_lr": 1.0e-3, "sft_batch_size": 64, "sft_epochs": 1},
     STRENGTH: {"seeds": [0], "n_members": 2, "batch_size": 32, "max_length": 48, "slice_epochs": 1.0, "long_epochs": 2}
     | {"growing_shares": [0.5], "n_response_folds": 3, "fold_members": 1, "dropout_passes": 2, "bias_members": 0}
-    | {"n_curve_pairs": 10, "n_evaluations": 1, "workers": 1},
+    | {"n_evaluations": 1, "workers": 1},
     ANNOTATED: {"n_bands": 4, "n_judged_bands": 3},
 }
 TRUTHLESS = {"official_loss", "fig01_histograms", "fig02_bands", "fig04_slices", "fig04_slice_curves", "fig05_flipped"}

@@ -1,8 +1,10 @@
 """Verdicts: every rule can come out each way, and the intervals behind it are those of the textbook."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -175,6 +177,35 @@ def test_agreeing_seeds_do_not_ease_the_level_of_the_others(toy_chapter):
 def draws(low: float, high: float) -> Evidence:
     """One data set, so one effect, with 1000 bootstrap draws spread evenly from ``low`` to ``high``."""
     return Evidence(np.array([(low + high) / 2]), n=100, draws=np.linspace(low, high, 1000))
+
+
+def test_few_clusters_decide_nothing_however_narrow_their_draws():
+    """Four debates lie on one side by chance one time in eight; ten, one time in 512."""
+    for clusters, level, expected in ((4, 0.95, "open"), (6, 0.95, "holds"), (6, 0.99, "open"), (10, 0.99, "holds")):
+        sure = replace(draws(0.4, 0.5), clusters=clusters)
+        assert verdict(DIRECTED, sure, level) == expected
+        assert sure.p_value(DIRECTED) == pytest.approx(max(2 / 1000, 2 * 0.5**clusters))
+        assert verdict(DIRECTED, replace(sure, clusters=None), level) == "holds"
+
+
+def test_a_claim_of_several_comparisons_is_judged_by_the_one_that_fits_least_in_the_mean():
+    effects = pd.DataFrame({"1": [9.0, 9.0], "10 | a": [3.0, -1.0], "10 | b": [0.0, 1.0], "2": [0.0, 0.0]})
+    assert claims.weakest(effects, "10") == "10 | b"  # not a, which is the least in one seed
+    assert claims.weakest(effects, "1") == "1"
+    assert claims.weakest(effects.assign(**{"10 | c": np.nan}), "10") == "10 | c"  # what is unknown decides nothing
+
+
+def test_choosing_by_the_mean_leans_less_to_failure_than_choosing_in_each_seed():
+    """Three rivals as good as the arm: the least mean difference is nearer zero than the mean of the least."""
+    rng = np.random.default_rng(0)
+    by_mean, in_each = [], []
+    for _ in range(400):
+        arm, *rivals = rng.normal(size=(4, 8))
+        effects = pd.DataFrame({f"8a | {k}": arm - rival for k, rival in enumerate(rivals)})
+        by_mean.append(effects[claims.weakest(effects, "8a")].mean())
+        in_each.append(effects.min(axis=1).mean())
+    assert np.mean(in_each) < -0.75  # of a standard deviation
+    assert -0.35 < np.mean(by_mean) < 0
 
 
 def test_the_interval_of_draws_is_their_percentiles():

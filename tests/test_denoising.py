@@ -34,9 +34,14 @@ def test_a_share_outside_its_range_raises(share):
 # ---------------------------------------------------------------- the adaptive margin
 
 
+def adaptive_margin(mean: np.ndarray, flipped: np.ndarray | None = None, scale: float = 1.0) -> np.ndarray:
+    """Margins of a set that holds no other pairs."""
+    return Strengths(np.arange(len(mean)), mean, len(mean)).margin(flipped, scale)["margin"]
+
+
 def test_the_margin_is_the_raw_mean_turned_on_flipped_pairs_and_scaled():
     flipped = denoising.weakest(MEAN, 0.6)  # pairs 1, 3 and 4, the last with a positive mean
-    margin = denoising.adaptive_margin(MEAN, flipped, scale=2.0)
+    margin = adaptive_margin(MEAN, flipped, scale=2.0)
     assert margin.tolist() == pytest.approx([0.8, 2.0, 4.0, 6.0, -0.2])
     # neither the unturned mean nor its size would do
     assert margin.tolist() != pytest.approx((2 * MEAN).tolist())
@@ -45,8 +50,8 @@ def test_the_margin_is_the_raw_mean_turned_on_flipped_pairs_and_scaled():
 
 def test_the_margin_leaves_the_means_as_they_are():
     mean = MEAN.copy()
-    assert denoising.adaptive_margin(mean, np.array([], dtype=int)).tolist() == MEAN.tolist()
-    denoising.adaptive_margin(mean, np.array([0, 1]))
+    assert adaptive_margin(mean).tolist() == MEAN.tolist()
+    adaptive_margin(mean, np.array([0, 1]))
     assert mean.tolist() == MEAN.tolist()
 
 
@@ -166,8 +171,8 @@ MEANS = st.lists(st.floats(-5, 5).map(lambda x: x + 0.0), min_size=1, max_size=3
 @given(mean=MEANS, data=st.data())
 def test_turning_margins_twice_gives_them_back(mean, data):
     some = np.array(data.draw(st.lists(st.integers(0, len(mean) - 1), unique=True)), dtype=int)
-    turned = denoising.adaptive_margin(mean, some)
-    np.testing.assert_array_equal(denoising.adaptive_margin(turned, some), mean)
+    turned = adaptive_margin(mean, some)
+    np.testing.assert_array_equal(adaptive_margin(turned, some), mean)
     np.testing.assert_array_equal(np.abs(turned), np.abs(mean))
 
 
@@ -230,6 +235,15 @@ def test_the_share_of_wrong_labels_is_found_without_the_truth(kind, rate):
 def test_ambiguous_pairs_are_taken_for_noise_in_part(rate):
     mean, true = votes("ambiguous", rate)
     assert true < estimate(mean) < true + 0.07
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25])
+def test_the_mistakes_of_weak_voters_are_taken_for_the_labels(rate):
+    """Voters who know the right side of only three pairs in four: the estimate is an upper one, and far too high."""
+    rng = np.random.default_rng(0)
+    right, agrees = rng.random(N_VOTES) >= rate, rng.random(N_VOTES) < 0.75
+    mean = np.where(right == agrees, 1, -1) * np.abs(rng.normal(0, 1, N_VOTES))
+    assert estimate(mean) > rate + 0.1
 
 
 def test_ambiguous_pairs_count_less_than_in_the_share_of_means_below_zero():

@@ -53,10 +53,6 @@ def test_label_error_without_decided_truth_is_nan():
     assert np.isnan(evaluation.label_error(np.array([0.0, 0.0])))
 
 
-def test_label_confirmed_is_nan_for_ties():
-    np.testing.assert_array_equal(evaluation.label_confirmed(np.array([0.2, -3.0, 0.0])), [1.0, 0.0, NAN])
-
-
 # ---------------------------------------------------------------- unknown truth
 
 KNOWN = np.array([1.0, -1.0, 2.0, -0.5, 0.0])
@@ -91,12 +87,7 @@ def test_where_no_truth_is_known_every_share_is_unknown():
     assert np.isnan(evaluation.gold_accuracy(STRENGTH, nobody))
     assert np.isnan(evaluation.label_error(nobody))
     assert np.isnan(evaluation.wrong_label_auroc(STRENGTH, nobody))
-    assert np.isnan(evaluation.label_confirmed(nobody)).all()
     assert np.isnan(evaluation.confirmed_by_band(STRENGTH, nobody, 2)).all()
-
-
-def test_an_unknown_truth_is_neither_confirmed_nor_contradicted():
-    np.testing.assert_array_equal(evaluation.label_confirmed(np.array([0.2, NAN, -3.0, 0.0])), [1.0, NAN, 0.0, NAN])
 
 
 def test_pairs_of_unknown_truth_keep_their_band_and_leave_its_share():
@@ -211,18 +202,6 @@ def test_calibration_error_is_near_zero_if_calibrated_and_large_if_overconfident
     margins = np.abs(margins) * np.where(rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margins))), 1, -1)
     assert evaluation.calibration_error(margins) < 0.02
     assert evaluation.calibration_error(10 * margins) > 0.15
-
-
-def test_scale_free_gap_by_hand():
-    chosen, rejected = np.array([3.0, 1.0]), np.array([1.0, -1.0])
-    assert evaluation.scale_free_gap(chosen, rejected) == pytest.approx(2 / np.sqrt(2))  # deviations 2, 0, 0, -2
-
-
-def test_scale_free_gap_does_not_change_with_scale_or_offset():
-    chosen, rejected = np.random.default_rng(0).normal([[1.0], [0.0]], size=(2, 50))
-    gap = evaluation.scale_free_gap(chosen, rejected)
-    assert evaluation.scale_free_gap(100 * chosen - 7, 100 * rejected - 7) == pytest.approx(gap)
-    assert evaluation.scale_free_gap(-chosen, -rejected) == pytest.approx(-gap)
 
 
 # ---------------------------------------------------------------- resampling

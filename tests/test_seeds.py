@@ -95,7 +95,6 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
         return voting.read_strength(tmp_path / "strength.parquet", ["a", "b"], seed=seed)["mean"].tolist()
 
     return {
-        "data.world_pairs(seed)": lambda seed: data.world_pairs(tiny_prompts, seed, 3),
         "data.draw_labels(seed)": lambda seed: data.draw_labels(tiny_pairs, seed).to_list(),
         "models.small_llama(seed)": lambda seed: vector(small_llama(seed)),
         "models.reward_model(head_seed)": lambda seed: vector(models.reward_model(base, head_seed=seed)),

@@ -146,20 +146,21 @@ def write_scores(folder: Path, rows: list[tuple[str, int, float, float]]) -> Pat
 
 @pytest.fixture
 def folders(tmp_path) -> list[Path]:
-    """Two members; the second one did not score pair *b*, and has a second snapshot."""
+    """Two members; the second one did not score pair *b*, and has a second snapshot and one with dropout."""
     first = write_scores(tmp_path / "m0", [("a", 0, 3.0, 1.0), ("b", 0, 0.0, 0.5), ("c", 0, 1.0, 1.0)])
-    second = write_scores(tmp_path / "m1", [("c", 0, 4.0, 1.0), ("a", 0, 0.0, 2.0), ("a", 1, 9.0, 0.0)])
+    rows = [("c", 0, 4.0, 1.0), ("a", 0, 0.0, 2.0), ("a", 1, 9.0, 0.0), ("a", 1000, 5.0, 5.0)]
+    second = write_scores(tmp_path / "m1", rows)
     return [first, second]
 
 
 def margins(folders: list[Path], pair_ids: list[str]) -> np.ndarray:
     """Margins, shape (members, pairs)."""
-    rewards = np.array([voting.read_rewards(folder, pair_ids) for folder in folders])
+    rewards = np.array([voting.read_rewards(folder, pair_ids, snapshot=0) for folder in folders])
     return rewards[..., 0] - rewards[..., 1]
 
 
 def test_rewards_come_in_the_order_asked_for_and_are_nan_where_unscored(folders):
-    rewards = voting.read_rewards(folders[1], ["b", "c", "a"])
+    rewards = voting.read_rewards(folders[1], ["b", "c", "a"], snapshot=0)
     assert rewards == pytest.approx(np.array([[np.nan, np.nan], [4.0, 1.0], [0.0, 2.0]]), nan_ok=True)
     assert margins(folders, ["c", "a", "b"]) == pytest.approx(
         np.array([[0.0, 2.0, -0.5], [3.0, -2.0, np.nan]]), nan_ok=True
@@ -167,11 +168,17 @@ def test_rewards_come_in_the_order_asked_for_and_are_nan_where_unscored(folders)
 
 
 def test_rewards_are_those_of_the_snapshot_asked_for(folders):
-    assert voting.read_rewards(folders[1], ["a"], snapshot=1).tolist() == [[9.0, 0.0]]
+    assert voting.read_rewards(folders[1], ["a"], snapshot=0).tolist() == [[0.0, 2.0]]
+    assert voting.read_rewards(folders[1], ["a"], snapshot=1000).tolist() == [[5.0, 5.0]]
+
+
+def test_rewards_are_those_of_the_finished_model_unless_a_snapshot_is_asked_for(folders):
+    assert voting.read_rewards(folders[1], ["a"]).tolist() == [[9.0, 0.0]]
+    assert voting.read_rewards(folders[0], ["a"]).tolist() == [[3.0, 1.0]]
 
 
 def test_a_snapshot_that_was_not_taken_raises_and_lists_those_that_were(folders):
-    with pytest.raises(ValueError, match=r"m1 holds no snapshot 2, only \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"m1 holds no snapshot 2, only \[0, 1, 1000\]"):
         voting.read_rewards(folders[1], ["a"], snapshot=2)
 
 
@@ -197,15 +204,6 @@ def test_a_pair_that_nobody_scored_is_named(folders):
     ids = ["a", "forgotten", "c"]
     with pytest.raises(ValueError, match="no member scored pair 'forgotten'"):
         voting.strength(margins(folders, ids), ids)
-
-
-def test_committees_are_means_of_distinct_members():
-    margins = np.eye(5)
-    votes = voting.vote_subsets(margins, 2, 20, np.random.default_rng(0))
-    assert len(votes) == 20
-    assert all(sorted(vote.tolist()) == [0, 0, 0, 0.5, 0.5] for vote in votes)  # one member twice would give a 1
-    assert len({tuple(vote) for vote in votes}) > 3
-    assert voting.vote_subsets(margins, 5, 1, np.random.default_rng(0))[0] == pytest.approx(np.full(5, 0.2))
 
 
 # ---------------------------------------------------------------- slices

@@ -6,6 +6,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -245,8 +246,8 @@ def test_prompts_repeat_with_their_seed_only(tiny_prompts):
 
 
 def test_pairs_repeat_with_their_seed_only_and_hold_two_different_texts(tiny_prompts, tiny_pairs):
-    assert data.world_pairs(tiny_prompts, 1, 3) == tiny_pairs
-    assert data.world_pairs(tiny_prompts, 2, 3) != tiny_pairs
+    assert world.write_pairs(tiny.paired(tiny_prompts), 1) == tiny_pairs
+    assert world.write_pairs(tiny.paired(tiny_prompts), 2) != tiny_pairs
     assert all(pair["response_a"] != pair["response_b"] for pair in tiny_pairs)
 
 

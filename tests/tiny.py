@@ -45,6 +45,12 @@ CONFIGS = {
     "gpt2": GPT2Config,
 }
 
+
+def paired(prompts: list[dict]) -> list[dict]:
+    """The prompts whose splits hold pairs."""
+    return [row for row in prompts if row["split"] not in ("sft", "policy")]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
