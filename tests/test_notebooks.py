@@ -125,3 +125,26 @@ def test_committed_claims_were_judged_by_the_rules_that_stand(path):
 def test_readme_shows_the_committed_claims():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert claims.with_ledger(readme, ROOT / "figures") == readme
+
+
+def quoted(preset: str, arm: str) -> str:
+    """An arm's gain on the truth as the README writes it: ``+.027 [.011, .043]``."""
+    table = pd.read_csv(ROOT / "figures" / preset / "02_denoising" / "arms_forest.csv")
+    row = table[(table["arm"] == arm) & (table["measure"] == "accuracy, truth")].iloc[0]
+    mean, low, high = (f"{row[name]:.3f}".replace("0.", ".") for name in ("mean", "low", "high"))
+    return f"{'+' * bool(row['mean'] > 0)}{mean} [{low}, {high}]"
+
+
+@pytest.mark.parametrize(
+    ("preset", "arm"),
+    [
+        *(
+            ("full", arm)
+            for arm in ("margin", "flip 10%", "soft + margin", "wrong labels flipped", "committee of voters")
+        ),
+        ("convarg", "wrong labels flipped"),
+    ],
+)
+def test_readme_quotes_the_committed_arms(preset, arm):
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert quoted(preset, arm) in text
