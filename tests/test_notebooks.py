@@ -142,6 +142,7 @@ def quoted(preset: str, arm: str) -> str:
             ("full", arm)
             for arm in ("margin", "flip 10%", "soft + margin", "wrong labels flipped", "committee of voters")
         ),
+        *(("full_quiet", arm) for arm in ("flip 10%", "soft + margin")),
         ("convarg", "wrong labels flipped"),
     ],
 )
