@@ -142,7 +142,8 @@ def quoted(preset: str, arm: str) -> str:
             ("full", arm)
             for arm in ("margin", "flip 10%", "soft + margin", "wrong labels flipped", "committee of voters")
         ),
-        *(("full_quiet", arm) for arm in ("flip 10%", "soft + margin")),
+        *((preset, arm) for preset in ("full_quiet", "full_noisy") for arm in ("flip 10%", "soft + margin")),
+        ("full_noisy", "committee of voters"),
         ("convarg", "wrong labels flipped"),
     ],
 )
