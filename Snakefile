@@ -11,7 +11,7 @@ from rmlib.runs import data_folder
 
 PRESET = config.get("preset", "default")
 PLACE = ["__init__", "runs", "records", "params", "figures", "evaluation", "data", "sources"]
-CORE = [*PLACE, "models", "training", "losses", "world"]
+CORE = [*PLACE, "models", "training", "losses", "contrastive", "world"]
 CHAPTERS = {
     "00_world_and_data": {"modules": CORE, "after": []},
     "01_preference_strength": {"modules": [*CORE, "voting", "denoising", "claims"], "after": ["00_world_and_data"]},
@@ -22,6 +22,14 @@ CHAPTERS = {
     "02b_policies": {
         "modules": [*CORE, "ppo", "policies", "claims"],
         "after": ["00_world_and_data", "02_denoising"],
+    },
+    "03_contrastive": {
+        "modules": [*CORE, "voting", "claims"],
+        "after": ["00_world_and_data", "01_preference_strength"],
+    },
+    "03b_contrastive_policies": {
+        "modules": [*CORE, "ppo", "policies", "claims"],
+        "after": ["00_world_and_data", "03_contrastive"],
     },
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }

@@ -213,8 +213,8 @@ class FrozenRewardModel(nn.Module):
         self.score = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Rewards, shape (batch,), of features, shape (batch, n_features)."""
-        return self.score(self.dropout(torch.relu(self.hidden(self.dropout(features)))))[:, 0]
+        """What the head's last layer reads, shape (batch, hidden), of features, shape (batch, n_features)."""
+        return self.dropout(torch.relu(self.hidden(self.dropout(features))))
 
 
 def states_at(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -288,13 +288,28 @@ def imitation_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Rewards of all responses in a batch, shape (responses,), fp32; which kind of batch decides how."""
     if "features" in batch:
-        return model(batch["features"])
-    return model.score(states_at(model, batch))[..., 0].float().T.flatten()
+        return rewards_of(model, model(batch["features"]))
+    return rewards_of(model, states_at(model, batch)).T.flatten()
+
+
+def rewards_of(model: nn.Module, states: Tensor) -> Tensor:
+    """Rewards, fp32, of what the head reads: shape (..., hidden) to (...)."""
+    return model.score(states)[..., 0].float()
 
 
 def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Rewards of chosen and of rejected responses, each of shape (pairs,), in one forward pass."""
     return rewards(model, batch).chunk(2)
+
+
+def pair_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the head reads of chosen and of rejected responses, each of shape (pairs, hidden), in one forward pass.
+
+    That is the last hidden state at a response's last token, or the output of a frozen encoder's dropout head.
+    """
+    if "features" in batch:
+        return model(batch["features"]).chunk(2)
+    return states_at(model, batch).unbind(1)
 
 
 @torch.no_grad()

@@ -154,6 +154,31 @@ CHAPTERS: dict[str, type[Plain]] = {
         },
         fits=check_ppo,
     ),
+    "03_contrastive": _chapter(
+        {
+            Positive: "lr epochs simcse_temperature swav_temperature epsilon",
+            PositiveOrZero: "simcse_beta swav_beta swav_diff_beta",
+            Schedule: "schedule",
+            ShareOrZero: "warmup_ratio baseline_dropout",
+            Share: "dropout",
+            AtLeastTwo: "batch_size swav_prototypes swav_diff_prototypes n_drawn n_probed",
+            Count: "baseline_batch_size max_length n_iterations queue_size n_sweep_seeds n_policy_seeds",
+            list[Positive]: "betas temperatures",
+            CountOrZero: "n_bootstrap workers",
+        }
+    ),
+    "03b_contrastive_policies": _chapter(
+        {
+            Annotated[int, Field(ge=5)]: "steps",
+            Positive: "lr critic_lr temperature repetition_penalty kl_coef",
+            Positive | None: "max_kl",
+            ShareOrOne: "top_p",
+            bool: "whiten_advantages",
+            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked answers_each",
+            AtLeastTwo: "sft_answers",
+            CountOrZero: "warmup_steps workers",
+        }
+    ),
 }
 
 

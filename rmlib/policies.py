@@ -4,7 +4,7 @@ A policy's distance from the SFT model is $d = \sqrt{\mathrm{KL}}$ in nats a res
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from scipy.special import gammaln
 from torch import nn
 
-from rmlib import data, models, ppo, runs, training, world
+from rmlib import data, models, ppo, records, runs, training, world
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,70 @@ def train_policy_run(run: PolicyRun, folder: Path, checkpoint: Path | None = Non
         runs.write_table(pd.DataFrame(table), folder / f"{name}.parquet")
     policy.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+
+
+def questions_of(inputs: Mapping[str, Path], seed: int, n_asked: int) -> tuple[list[str], pd.DataFrame]:
+    """Prompts to train policies on, and the questions (kind, subset, prompt) that they are asked in the end.
+
+    ``n_asked`` of each kind, in distribution and out of it. Of the miniature world they are prompts that no reward
+    model has seen, else those of the preference set. Raises ``ValueError`` if there are too few.
+    """
+    if "prompts" in inputs:
+        everything = pd.read_parquet(inputs["prompts"])
+        own, other = (everything[everything["split"] == split] for split in ("policy", "ood"))
+    else:
+        everything = pd.read_parquet(inputs[f"preferences_{seed}"]).drop_duplicates("prompt")
+        own, other = everything[everything["split"] == "train"], everything[everything["split"] != "train"]
+    if n_asked >= min(len(own), len(other) + 1):
+        raise ValueError(f"n_asked = {n_asked}, but there are {len(own)} and {len(other)} prompts")
+    asked = {"in distribution": own.tail(n_asked), "out of distribution": other.head(n_asked)}
+    questions = pd.concat(asked, names=["kind"]).reset_index("kind")[["kind", "subset", "prompt"]]
+    return own["prompt"].to_list()[:-n_asked], questions.reset_index(drop=True)
+
+
+def sft_answers(run: records.Run, base: Path, questions: pd.DataFrame, n_draws: int, sampling: dict) -> pd.DataFrame:
+    """``n_draws`` answers of the model in ``base`` to every question, drawn once: questions, ``draw, response``."""
+
+    def ask(folder: Path, checkpoint: Path) -> None:
+        model = models.load_language_model(base).to(training.accelerator().device)
+        given = (model, models.load_tokenizer(base), questions["prompt"])
+        table = [questions.assign(draw=k, response=answer(*given, seed=1000 * k, **sampling)) for k in range(n_draws)]
+        runs.write_table(pd.concat(table), folder / "answers.parquet")
+
+    code = ("models", "policies", "data")
+    key = runs.content_key(questions["prompt"].to_list(), base, n_draws, sampling, code=code)
+    return pd.read_parquet(run.made(f"sft-answers-{key}", ask) / "answers.parquet")
+
+
+def reward_scale(said: pd.DataFrame, rewards: Mapping[tuple[int, str], np.ndarray]) -> pd.DataFrame:
+    """Mean, and standard deviation within a prompt, of every reward model's ``rewards`` of the answers ``said``.
+
+    Where ``said`` has a column ``gold``, Spearman's correlation with it, over all and within a prompt. Rounded, so that
+    no last bit trains another policy.
+    """
+    rows = []
+    for (seed, arm), values in rewards.items():
+        both = said.assign(proxy=values)[said["kind"] == "in distribution"]
+        row = {"arm": arm, "seed": seed, "mean": both["proxy"].mean()}
+        row["std"] = both.groupby("prompt")["proxy"].std().mean()
+        if "gold" in said:
+            within = both.groupby("prompt")[["proxy", "gold"]].rank()
+            row["correlation"] = both["proxy"].corr(both["gold"], "spearman")
+            row["within a prompt"] = within["proxy"].corr(within["gold"])
+        rows.append(row)
+    return pd.DataFrame(rows).round(4)
+
+
+def read_runs(folders: Mapping[tuple, Path], questions: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Tables ``log, answers, samples`` of finished policies, by their key ``(arm, paid, seed)``."""
+    parts = {"log": [], "answers": [], "samples": []}
+    for (arm, paid, seed), folder in folders.items():
+        for part, tables in parts.items():
+            table = pd.read_parquet(folder / f"{part}.parquet").assign(arm=arm, paid=paid, seed=seed)
+            if part == "answers":
+                table = table.assign(draw=np.arange(len(table)) // len(questions)).merge(questions, on="prompt")
+            tables.append(table)
+    return {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
 
 
 def win_tie_lose(judge: world.Judge, gold: np.ndarray, other: np.ndarray) -> dict[str, float]:

@@ -345,7 +345,7 @@ def learn(
         for rows in np.array_split(rng.permutation(len(mask)), settings.num_mini_batches)
     ]
     means = {name: float(np.mean([each[name] for each in stats])) for name in stats[0]}
-    return means | {"explained_variance": foreseen}
+    return means | {"explained_variance": foreseen, "return": masked_mean(returns, mask).item()}
 
 
 def check_policy(policy: nn.Module, tokenizer, prompts: list[str], settings: Settings) -> None:

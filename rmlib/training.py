@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rmlib import data, losses, models, runs
+from rmlib import contrastive, data, losses, models, runs
 
 # ---------------------------------------------------------------- the loop
 
@@ -183,8 +183,9 @@ class RewardRun:
     The treatments of :func:`rmlib.losses.pairwise_loss`: ``label_smoothing``, ``flip_rate``, and ``margin`` and
     ``target`` with one value for every pair of the set. ``self_smoothing`` moves each pair's target that share of
     the way to the model's own prediction after every epoch (iterative data smoothing, arXiv 2401.16335).
-    ``lm_coef`` adds the imitation of the chosen response (Part I Eq 2). Raises ``ValueError`` naming the first row
-    with a margin or target out of range, and for treatments that exclude one another.
+    ``lm_coef`` adds the imitation of the chosen response (Part I Eq 2). With ``contrast`` every batch is seen in two
+    views, two passes with dropout, and its ranking loss is the mean over both (section 3.1). Raises ``ValueError``
+    naming the first row with a margin or target out of range, and for treatments that exclude one another.
     """
 
     name: str
@@ -204,6 +205,7 @@ class RewardRun:
     flip_rate: float = 0.0
     self_smoothing: float = 0.0
     lm_coef: float = 0.0
+    contrast: contrastive.Contrast | None = None
     dropout: float = 0.0
     max_length: int = 256
     snapshots: int = 1
@@ -215,6 +217,8 @@ class RewardRun:
         for name, bound in rates.items():
             if not 0.0 <= getattr(self, name) < bound:
                 raise ValueError(f"{self.name}: {name} must lie in [0, {bound:g}), got {getattr(self, name)}")
+        if self.contrast and (self.lm_coef or not self.dropout):
+            raise ValueError(f"{self.name}: two views need dropout, and exclude lm_coef")
         given = [name for name in ("label_smoothing", "flip_rate", "self_smoothing") if getattr(self, name)]
         if len(given := given + ["target"] * (self.target is not None)) > 1:
             raise ValueError(f"{self.name}: {' and '.join(given)} exclude one another")
@@ -227,7 +231,7 @@ class RewardRun:
 
 
 DROPOUT = 1000  # the number of a unit's first scoring with dropout, counted as a snapshot
-REWARD_RUN_CODE = ("losses", "models", "data", "training")
+REWARD_RUN_CODE = ("losses", "contrastive", "models", "data", "training")
 
 
 def open_preferences(path: Path) -> Dataset:
@@ -270,7 +274,7 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     """
     pairs = tokenized(run.preferences, run.base, run.max_length)
     pair_id = np.array(open_preferences(run.preferences)["pair_id"])
-    model = models.reward_model(run.base, head_seed=run.head_seed, dropout=run.dropout)
+    model = _new_model(run)
     flipped = np.zeros(len(pair_id), dtype=bool)
     if run.flipped is not None:
         flipped[run.flipped] = True
@@ -306,7 +310,17 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
     runs.write_table(pd.concat(scores), folder / "scores.parquet")
     runs.write_table(pd.DataFrame(record["log"]), folder / "log.parquet")
     if run.keep_model:
+        if run.contrast:
+            del model.contraster
         models.save_reward_model(model, folder / "model")
+
+
+def _new_model(run: RewardRun) -> nn.Module:
+    """The reward model of ``run`` before training; what its contrast learns or remembers goes and is saved with it."""
+    model = models.reward_model(run.base, head_seed=run.head_seed, dropout=run.dropout)
+    if run.contrast:
+        model.contraster = contrastive.Contraster(run.contrast, model.score.in_features)
+    return model
 
 
 def _treatment(run: RewardRun, n_pairs: int) -> dict[str, Tensor]:
@@ -319,10 +333,14 @@ def _treatment(run: RewardRun, n_pairs: int) -> dict[str, Tensor]:
 
 
 def _reward_loss(run: RewardRun, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Ranking loss of a batch under the treatments of ``run``, and its imitation term."""
+    """Ranking loss of a batch under the treatments of ``run``, and its imitation or contrastive term."""
     treatment = {name: batch.pop(name) for name in ("margin", "target") if name in batch}
-    rates = {"label_smoothing": run.label_smoothing, "flip_rate": run.flip_rate}
-    loss = losses.pairwise_loss(*models.pair_rewards(model, batch), **treatment, **rates)
+    rank = partial(losses.pairwise_loss, **treatment, label_smoothing=run.label_smoothing, flip_rate=run.flip_rate)
+    if run.contrast:
+        views = [models.pair_states(model, batch) for _ in range(2)]
+        ranked = [rank(*(models.rewards_of(model, states) for states in view)) for view in views]
+        return sum(ranked) / 2 + run.contrast.beta * model.contraster(*views)
+    loss = rank(*models.pair_rewards(model, batch))
     if run.lm_coef:
         logits, said = models.imitation_logits(model, batch), batch["imitated"]
         loss = loss + run.lm_coef * losses.lm_loss(logits[:, :-1], batch["input_ids"][:, 1:], said[:, 1:])
@@ -340,7 +358,7 @@ def forecast(todo: Sequence[RewardRun], workers: int) -> str:
         batches = run_batches(run, lengths)
         steps += len(batches)
         tokens = sum(int(lengths[rows].sum()) for rows in batches)
-        trained += tokens * (2 if run.lm_coef else 1)
+        trained += tokens * (2 if run.lm_coef or run.contrast else 1)
         scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
         scored += tokens * (run.self_smoothing > 0)
     minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
@@ -356,8 +374,8 @@ def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
     """Seconds for a token of training, from ``n_steps`` steps after two to warm up, on one thread of a CPU."""
     pairs, threads, times = tokenized(run.preferences, run.base, run.max_length), torch.get_num_threads(), []
     batches = (run_batches(run, pairs.lengths) * (n_steps + 2))[: n_steps + 2]
-    model, nobody = models.reward_model(run.base, head_seed=0, dropout=run.dropout), np.zeros(len(pairs.chosen), bool)
-    loss_fn = partial(_reward_loss, replace(run, lm_coef=0.0))
+    run = replace(run, lm_coef=0.0, contrast=None)
+    model, nobody, loss_fn = _new_model(run), np.zeros(len(pairs.chosen), bool), partial(_reward_loss, run)
     torch.set_num_threads(1)
     try:
         note = {"after_step": lambda row: times.append(time.perf_counter())}
@@ -366,6 +384,16 @@ def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
         torch.set_num_threads(threads)
         torch.cuda.empty_cache()  # for the workers
     return (times[-1] - times[1]) / sum(int(pairs.lengths[rows].sum()) for rows in batches[2:])
+
+
+@torch.no_grad()
+def pair_states(model: nn.Module, pairs, rows: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """What the head of ``model`` reads of chosen and rejected responses of ``rows``, shape (2, rows, hidden)."""
+    nobody, device, out = np.zeros(len(pairs.chosen), dtype=bool), next(model.parameters()).device, {}
+    for batch_rows in data.score_batches(pairs.lengths, rows, batch_size):
+        batch = {name: tensor.to(device) for name, tensor in pairs.collate(batch_rows, nobody).items()}
+        out |= dict(zip(batch_rows, torch.stack(models.pair_states(model, batch), dim=1).cpu().numpy(), strict=True))
+    return np.stack([out[row] for row in rows], axis=1)
 
 
 @torch.no_grad()

@@ -719,7 +719,16 @@ def test_what_is_looked_at_does_not_change_training():
 
 COLUMNS = {
     *("step", "reward", "reward_std", "gold", "kl", "kl_k3", "entropy", "length", "eos_rate", "perplexity"),
-    *("clip_fraction", "approx_kl", "explained_variance", "policy_loss", "value_loss", "sampling", "learning"),
+    *(
+        "clip_fraction",
+        "approx_kl",
+        "explained_variance",
+        "return",
+        "policy_loss",
+        "value_loss",
+        "sampling",
+        "learning",
+    ),
 }
 
 
