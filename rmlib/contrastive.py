@@ -24,12 +24,12 @@ Scores = Float[Tensor, "items prototypes"]
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Contrast:
-    r"""A contrastive objective, its items, and its constants: the paper's, else those of the work it cites.
+    r"""A contrastive objective, its items, its weight $\beta$ and its constants.
 
     ``items``: ``"pairs"``, the features of all chosen and rejected responses; ``"differences"``, chosen minus rejected
-    and the negatives of these, as the paper's text has it; ``"one_sided"``, without the negatives, each of which is a
-    trivial opposite. ``"none"`` is the control: two views, no contrast. ``queue_size`` items of earlier steps help
-    SwAV to fill its prototypes. Raises ``ValueError`` naming a field that is out of range.
+    and the negatives of these, as the paper's text has it; ``"one_sided"``, without the negatives: half as many items,
+    none of which meets its exact opposite. ``"none"`` is the control: two views, no contrast. ``queue_size`` items of
+    earlier steps take part in SwAV's assignment. Raises ``ValueError`` naming a field that is out of range.
     """
 
     objective: Literal["none", "simcse", "swav"]
@@ -100,7 +100,7 @@ def swav_loss(
 class Contraster(nn.Module):
     """The state of a contrastive objective: SwAV's prototypes, which are trained, and its queue of earlier items.
 
-    The queue takes part once it is full. Its items must come from batches of one size.
+    The queue takes part once it is full. Where several processes train, their batches must be of one size.
     """
 
     def __init__(self, contrast: Contrast, n_features: int):
@@ -112,9 +112,13 @@ class Contraster(nn.Module):
             self.register_buffer("n_queued", torch.tensor(0))
 
     def forward(self, first: tuple[Items, Items], second: tuple[Items, Items]) -> Float[Tensor, ""]:
-        """Loss of two views, each the features of chosen and of rejected responses, (pairs, features)."""
+        """Loss of two views, each the features of chosen and of rejected responses, (pairs, features); in fp32."""
         if self.contrast.objective == "none":
             return first[0].new_zeros(())
+        with torch.autocast(first[0].device.type, enabled=False):  # else it computes cosines in bf16
+            return self._loss(first, second)
+
+    def _loss(self, first: tuple[Items, Items], second: tuple[Items, Items]) -> Float[Tensor, ""]:
         views = [gathered(items_of(*view, self.contrast.items)) for view in (first, second)]
         if self.contrast.objective == "simcse":
             return simcse_loss(*views, self.contrast.temperature)

@@ -73,6 +73,14 @@ def check_ppo(p):
     return p
 
 
+def _check_answers(p: BaseModel) -> BaseModel:
+    if p.answers_each > p.sft_answers:
+        raise ValueError(
+            f"answers_each = {p.answers_each} exceeds sft_answers = {p.sft_answers}, to which they are compared"
+        )
+    return p
+
+
 def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: p) -> type[Plain]:
     """The parameters of a chapter: names by their type, and a check of what must fit together, which returns them."""
     fields = {name: (kind, ...) for kind, names in types.items() for name in names.split()}
@@ -156,7 +164,7 @@ CHAPTERS: dict[str, type[Plain]] = {
     ),
     "03_contrastive": _chapter(
         {
-            Positive: "lr epochs simcse_temperature swav_temperature epsilon",
+            Positive: "lr epochs long_epochs simcse_temperature swav_temperature epsilon",
             PositiveOrZero: "simcse_beta swav_beta swav_diff_beta",
             Schedule: "schedule",
             ShareOrZero: "warmup_ratio baseline_dropout",
@@ -177,7 +185,8 @@ CHAPTERS: dict[str, type[Plain]] = {
             Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked answers_each",
             AtLeastTwo: "sft_answers",
             CountOrZero: "warmup_steps workers",
-        }
+        },
+        fits=_check_answers,
     ),
 }
 

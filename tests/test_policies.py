@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from rmlib import models, policies, ppo, world
+from rmlib import models, policies, ppo, records, runs, world
 
 # ---------------------------------------------------------------- best of n
 
@@ -132,3 +132,81 @@ def test_no_two_policies_answer_from_the_same_random_numbers(run, tmp_path, monk
     for name in ("toy", "other"):
         policies.train_policy_run(policies.PolicyRun(**vars(run) | {"name": name}), tmp_path)
     assert len(set(seeds)) == 2
+
+
+# ---------------------------------------------------------------- what a chapter of policies shares
+
+
+def save_prompts(path, splits: dict[str, int]) -> pd.DataFrame:
+    rows = [(f"{split}-{i}", split) for split, n in splits.items() for i in range(n)]
+    table = pd.DataFrame(rows, columns=["prompt", "split"]).assign(subset="helpful")
+    table.to_parquet(path)
+    return table
+
+
+def test_policies_are_trained_on_prompts_of_their_own_and_asked_others(tmp_path):
+    save_prompts(tmp_path / "prompts", {"train": 3, "policy": 5, "ood": 4})
+    prompts, questions = policies.questions_of({"prompts": tmp_path / "prompts"}, 0, 2)
+    assert prompts == ["policy-0", "policy-1", "policy-2"]
+    assert questions["prompt"].tolist() == ["policy-3", "policy-4", "ood-0", "ood-1"]
+    assert questions["kind"].tolist() == 2 * ["in distribution"] + 2 * ["out of distribution"]
+    assert not set(prompts) & set(questions["prompt"])
+
+
+def test_prompts_of_a_preference_set_are_taken_once(tmp_path):
+    table = save_prompts(tmp_path / "set", {"train": 4, "validation": 3})
+    pd.concat([table, table]).to_parquet(tmp_path / "set")
+    prompts, questions = policies.questions_of({"preferences_7": tmp_path / "set"}, 7, 2)
+    assert prompts == ["train-0", "train-1"]
+    assert questions["prompt"].tolist() == ["train-2", "train-3", "validation-0", "validation-1"]
+
+
+@pytest.mark.parametrize(("n_asked", "good"), [(4, True), (5, False), (6, False)])
+def test_too_few_prompts_are_counted(tmp_path, n_asked, good):
+    """Of five prompts of its own one at least must be left to train on; all of the others may be asked."""
+    save_prompts(tmp_path / "prompts", {"policy": 5, "ood": 4})
+    if good:
+        assert len(policies.questions_of({"prompts": tmp_path / "prompts"}, 0, n_asked)[0]) == 1
+        return
+    with pytest.raises(ValueError, match=f"n_asked = {n_asked}, but there are 5 and 4 prompts"):
+        policies.questions_of({"prompts": tmp_path / "prompts"}, 0, n_asked)
+
+
+def test_the_scale_is_the_spread_within_a_prompt_in_distribution():
+    kinds = ["in distribution"] * 4 + ["out of distribution"] * 2
+    said = pd.DataFrame({"kind": kinds, "prompt": list("aabbcc"), "gold": [0.0, 1.0, 5.0, 4.0, 0.0, 9.0]})
+    rewards = np.array([10.0, 12.0, 0.0, 2.0, 50.0, -50.0])
+    row = policies.reward_scale(said, {(3, "margin"): rewards}).iloc[0]
+    assert (row["seed"], row["arm"], row["mean"]) == (3, "margin", 6.0)
+    assert row["std"] == pytest.approx(np.sqrt(2), abs=1e-4)  # of all four together it would be 5.9
+    assert row["correlation"] == pytest.approx(-0.8)  # ranks 3 4 1 2 against 1 2 4 3
+    assert row["within a prompt"] == pytest.approx(0.0)
+    assert "correlation" not in policies.reward_scale(said.drop(columns="gold"), {(3, "margin"): rewards})
+
+
+def test_tables_of_finished_policies_are_told_apart_and_their_answers_numbered(tmp_path):
+    questions = pd.DataFrame({"kind": "in distribution", "subset": ["x", "y"], "prompt": ["a", "b"]})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for part in ("log", "samples"):
+            pd.DataFrame({"step": [1, 2]}).to_parquet(tmp_path / name / f"{part}.parquet")
+        table = pd.DataFrame({"prompt": list("abab"), "response": [f"{name}{k}" for k in range(4)]})
+        table.to_parquet(tmp_path / name / "answers.parquet")
+    keys = {("margin", "raw", 0): tmp_path / "one", ("margin", "raw", 1): tmp_path / "two"}
+    parts = policies.read_runs(keys, questions)
+    assert {name: len(table) for name, table in parts.items()} == {"log": 4, "answers": 8, "samples": 4}
+    second = parts["answers"].query("seed == 1").set_index("response")
+    assert second["draw"].to_dict() == {"two0": 0, "two1": 0, "two2": 1, "two3": 1}
+    assert second["subset"].to_dict() == {"two0": "x", "two1": "y", "two2": "x", "two3": "y"}
+
+
+def test_the_answers_of_the_first_model_are_drawn_once_and_differ_by_draw(tmp_path, monkeypatch):
+    base = tiny.save_llama(tmp_path / "base")
+    questions = pd.DataFrame({"kind": "in distribution", "subset": "x", "prompt": ["one two", "three"]})
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    run = records.Run("02b_policies", "tiny", {})
+    said = policies.sft_answers(run, base, questions, 3, {"max_new_tokens": 8})
+    assert said.groupby("draw")["prompt"].apply(list).tolist() == 3 * [["one two", "three"]]
+    assert said["response"].nunique() > 2
+    monkeypatch.setattr(policies, "answer", None)  # what stands is not drawn again
+    assert policies.sft_answers(run, base, questions, 3, {"max_new_tokens": 8}).equals(said)

@@ -33,6 +33,7 @@ def test_arrows_run_downwards():
         "denoising",
         "voting",
         "training",
+        "contrastive",
         "evaluation",
         "models",
         "sources",

@@ -94,6 +94,13 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
         table.assign(mean=np.arange(10.0)).to_parquet(tmp_path / "strength.parquet")
         return voting.read_strength(tmp_path / "strength.parquet", ["a", "b"], seed=seed)["mean"].tolist()
 
+    def questions(seed: int) -> list[str]:
+        inputs = {f"preferences_{s}": tmp_path / f"set-{s}" for s in (3, 4)}
+        for s, path in inputs.items():
+            rows = [(f"{split} {s} {i}", split, "x") for split in ("train", "ood") for i in range(3)]
+            pd.DataFrame(rows, columns=["prompt", "split", "subset"]).to_parquet(path)
+        return policies.questions_of(inputs, seed, 1)[0]
+
     return {
         "data.draw_labels(seed)": lambda seed: data.draw_labels(tiny_pairs, seed).to_list(),
         "models.small_llama(seed)": lambda seed: vector(small_llama(seed)),
@@ -101,6 +108,7 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
         "models.generate(seed)": generate,
         "policies.PolicyRun(seed)": policy_run,
         "policies.answer(seed)": answer,
+        "policies.questions_of(seed)": questions,
         "ppo.rollout(seed)": rollout,
         "ppo.train_policy(seed)": train_policy,
         "training.train_sft(seed)": train_sft,

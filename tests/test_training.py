@@ -23,7 +23,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rmlib import data, denoising, models, runs, training
+from rmlib import contrastive, data, denoising, models, runs, training
 from rmlib.training import Optimisation
 
 # ---------------------------------------------------------------- schedules
@@ -1195,3 +1195,86 @@ def test_a_resumed_fine_tuning_logs_every_step_as_a_straight_one_does(tmp_path, 
         patch.setattr(training, "save_state", save_and_stop)
         sft(epochs=4, **checkpoint)
     pd.testing.assert_frame_equal(sft(epochs=4, **checkpoint)[1], straight)
+
+
+# ---------------------------------------------------------------- two views and a contrast
+
+SIMCSE = contrastive.Contrast("simcse", beta=0.7, temperature=0.5)
+QUEUED = contrastive.Contrast("swav", n_prototypes=4, queue_size=24)
+
+
+def contrasted(pairs: str, base: str, contrast: contrastive.Contrast = SIMCSE, **changes) -> training.RewardRun:
+    return tiny.reward_run(pairs, base, dropout=0.3, contrast=contrast, **changes)
+
+
+def views_of(run: training.RewardRun, model: nn.Module, batch: dict[str, Tensor]) -> list:
+    """States and rewards of two passes with dropout, from seed 7."""
+    torch.manual_seed(7)
+    states = [models.pair_states(model, batch) for _ in range(2)]
+    return [(view, [model.score(side)[:, 0] for side in view]) for view in states]
+
+
+@pytest.mark.parametrize("base", ["llama", "features"])
+def test_the_loss_is_the_mean_over_two_views_and_the_weighted_contrast(pairs, request, base):
+    run = contrasted(pairs, request.getfixturevalue(base), label_smoothing=0.1)
+    model = training._new_model(run).train()
+    batch = training.tokenized(pairs, run.base, 256).collate(np.arange(6), np.zeros(48, dtype=bool))
+    (first, of_first), (second, of_second) = views_of(run, model, batch)
+    ranking = [-0.9 * F.logsigmoid(c - r).mean() - 0.1 * F.logsigmoid(r - c).mean() for c, r in (of_first, of_second)]
+    items = [F.normalize(torch.cat(view), dim=1) for view in (first, second)]
+    contrast = F.cross_entropy(items[0] @ items[1].T / 0.5, torch.arange(12))
+    torch.manual_seed(7)
+    loss = training._reward_loss(run, model, dict(batch)).item()
+    assert loss == pytest.approx((sum(ranking) / 2 + 0.7 * contrast).item(), abs=1e-5)
+    for wrong in (ranking[0] + 0.7 * contrast, sum(ranking) + 0.7 * contrast, sum(ranking) / 2 + contrast):
+        assert loss != pytest.approx(wrong.item(), abs=1e-5)
+
+
+def test_the_control_sees_two_views_of_which_neither_is_the_one_view(train, features):
+    control, plain = (train(features, dropout=0.3, contrast=c)[1] for c in (contrastive.Contrast("none"), None))
+    assert control["loss"].iloc[0] != pytest.approx(plain["loss"].iloc[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.0}, {"dropout": 0.1, "lm_coef": 0.5}], ids=str)
+def test_two_views_need_dropout_and_exclude_the_imitation_term(pairs, features, changes):
+    with pytest.raises(ValueError, match="toy: two views need dropout, and exclude lm_coef"):
+        tiny.reward_run(pairs, features, contrast=SIMCSE, **changes)
+
+
+@pytest.mark.parametrize("base", ["llama", "features"])
+@pytest.mark.parametrize("contrast", [SIMCSE, QUEUED], ids=lambda contrast: contrast.objective)
+def test_a_contrasted_model_is_kept_without_its_contrast(pairs, request, tmp_path, base, contrast):
+    run = contrasted(pairs, request.getfixturevalue(base), contrast, keep_model=True)
+    training.train_reward_model(run, tmp_path)
+    model, scores = models.load_reward_model(tmp_path / "model"), pd.read_parquet(tmp_path / "scores.parquet")
+    assert not [name for name in model.state_dict() if "contraster" in name]
+    found = training.score_pairs(model, training.tokenized(pairs, run.base, 256), run.score_rows)
+    assert found["reward_chosen"] == pytest.approx(scores["reward_chosen"].to_numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_a_killed_run_with_a_queue_resumed_leaves_the_tables_of_a_straight_one(tmp_path, pairs, features, killed, step):
+    """Batches of 8 pairs are 16 items: the queue of 24 is full after step 2, and takes part from step 3 on."""
+    run = contrasted(pairs, features, QUEUED, epochs=3)
+    training.train_reward_model(run, tmp_path / "straight")
+    killed(run, tmp_path, step, "after")
+    assert tiny.save_every_step(run, tmp_path, tmp_path / "state.pt") == list(range(step + 1, 13))
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+def test_the_states_of_pairs_stand_in_the_order_asked_and_give_their_rewards(pairs, llama):
+    model, batches = models.reward_model(llama, head_seed=0).eval(), training.tokenized(pairs, llama, 256)
+    rows = np.array([40, 3, 7, 21])
+    states = training.pair_states(model, batches, rows, batch_size=2)
+    assert states.shape == (2, 4, 16)
+    scored = training.score_pairs(model, batches, rows)
+    found = model.score(torch.from_numpy(states))[..., 0].detach().numpy()
+    assert found[0] == pytest.approx(scored["reward_chosen"], abs=1e-5)
+    assert found[1] == pytest.approx(scored["reward_rejected"], abs=1e-5)
+
+
+def test_a_forecast_counts_both_views_and_a_key_follows_the_contrast(pairs, features):
+    said = training.forecast([contrasted(pairs, features, steps=7)], 1)
+    assert counted(said) == (1, 7, 2 * 7 * 8, 48)
+    contrasts = [None, contrastive.Contrast("none"), SIMCSE, QUEUED, replace(QUEUED, queue_size=25)]
+    assert len({runs.content_key(contrasted(pairs, features, contrast)) for contrast in contrasts}) == len(contrasts)
