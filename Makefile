@@ -32,7 +32,7 @@ test: lint unit book  ## check the code, the default run and its notebooks cell 
 	  else echo "$${one%=*} is not in $${RMLIB_DATA:-data}: preset $${one#*=} was not run"; fi; done
 
 unit: env
-	$(BIN)/python -m pytest --ignore tests/test_kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/test_kills.py
 
 lint: env
 	$(BIN)/ruff check .
