@@ -127,10 +127,10 @@ def test_readme_shows_the_committed_claims():
     assert claims.with_ledger(readme, ROOT / "figures") == readme
 
 
-def quoted(preset: str, arm: str) -> str:
+def quoted(preset: str, arm: str, stem: str = "02_denoising", measure: str = "accuracy, truth") -> str:
     """An arm's gain on the truth as the README writes it: ``+.027 [.011, .043]``."""
-    table = pd.read_csv(ROOT / "figures" / preset / "02_denoising" / "arms_forest.csv")
-    row = table[(table["arm"] == arm) & (table["measure"] == "accuracy, truth")].iloc[0]
+    table = pd.read_csv(ROOT / "figures" / preset / stem / "arms_forest.csv")
+    row = table[(table["arm"] == arm) & (table["measure"] == measure)].iloc[0]
     mean, low, high = (f"{row[name]:.3f}".replace("0.", ".") for name in ("mean", "low", "high"))
     return f"{'+' * bool(row['mean'] > 0)}{mean} [{low}, {high}]"
 
@@ -150,3 +150,9 @@ def quoted(preset: str, arm: str) -> str:
 def test_readme_quotes_the_committed_arms(preset, arm):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert quoted(preset, arm) in text
+
+
+@pytest.mark.parametrize(("preset", "arm"), [("convarg", "SimCSE"), ("default", "SwAV-diff")])
+def test_readme_quotes_the_committed_contrasts(preset, arm):
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert quoted(preset, arm, "03_contrastive", "truth, out of distribution") in text
