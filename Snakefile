@@ -11,7 +11,7 @@ from rmlib.runs import data_folder
 
 PRESET = config.get("preset", "default")
 PLACE = ["__init__", "runs", "records", "params", "figures", "evaluation", "data", "sources"]
-CORE = [*PLACE, "models", "training", "losses", "contrastive", "world"]
+CORE = [*PLACE, "models", "training", "losses", "contrastive", "metarm", "world"]
 CHAPTERS = {
     "00_world_and_data": {"modules": CORE, "after": []},
     "01_preference_strength": {"modules": [*CORE, "voting", "denoising", "claims"], "after": ["00_world_and_data"]},
@@ -31,6 +31,7 @@ CHAPTERS = {
         "modules": [*CORE, "ppo", "policies", "claims"],
         "after": ["00_world_and_data", "03_contrastive"],
     },
+    "04_metarm": {"modules": [*CORE, "voting", "ppo", "policies", "claims"], "after": ["00_world_and_data"]},
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
 # A preset runs the chapters for which it has a file of parameters.

@@ -109,20 +109,28 @@ class CausalPairs:
     def collate(self, rows: np.ndarray, flipped: np.ndarray) -> dict[str, Tensor]:
         """Batch of ``rows``; where ``flipped`` (a mask over all pairs) is true, the two responses swap places."""
         pairs = [(self.rejected[i], self.chosen[i]) if flipped[i] else (self.chosen[i], self.rejected[i]) for i in rows]
-        texts = [(self.prompt[i], *pair) for i, pair in zip(rows, pairs, strict=True)]
-        joined = [torch.from_numpy(np.concatenate(text)) for text in texts]
-        ids = pad_sequence(joined, batch_first=True, padding_value=self.pad_id)
-        prompt, middle, end = torch.tensor([list(map(len, text)) for text in texts]).cumsum(1)[:, :, None].unbind(1)
-        at = torch.arange(ids.shape[1])[None]
-        in_first, in_second = (at >= prompt) & (at < middle), at >= middle
-        hidden = in_second[:, :, None] & in_first[:, None, :]
-        return {
-            "input_ids": ids,
-            "position_ids": torch.where(in_second, at - middle + prompt, at),
-            "attention_mask": ((at[:, :, None] >= at[:, None, :]) & ~hidden)[:, None],
-            "at": torch.cat([middle, end], dim=1) - 1,
-            "imitated": in_first,
-        }
+        return grouped([(self.prompt[i], *pair) for i, pair in zip(rows, pairs, strict=True)], self.pad_id)
+
+
+def grouped(texts: Sequence[Sequence[np.ndarray]], pad_id: int) -> dict[str, Tensor]:
+    """Batch whose rows are a prompt and its k responses, [prompt | first | ... | last]; no response sees another.
+
+    ``at`` (rows, k) are the last tokens of the responses, ``imitated`` is true on the first.
+    """
+    joined = [torch.from_numpy(np.concatenate(text)) for text in texts]
+    ids = pad_sequence(joined, batch_first=True, padding_value=pad_id)
+    end = torch.tensor([list(map(len, text)) for text in texts]).cumsum(1)
+    at = torch.arange(ids.shape[1])[None]
+    part = (at[:, None] >= end[:, :-1, None]).sum(1)  # 0 on the prompt, i on the i-th response
+    start = torch.nn.functional.pad(end[:, :-1], (1, 0)).gather(1, part)
+    seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
+    return {
+        "input_ids": ids,
+        "position_ids": torch.where(part > 0, at - start + end[:, :1], at),
+        "attention_mask": ((at[:, :, None] >= at[:, None, :]) & seen)[:, None],
+        "at": end[:, 1:] - 1,
+        "imitated": part == 1,
+    }
 
 
 @dataclass(frozen=True)

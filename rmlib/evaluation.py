@@ -70,6 +70,28 @@ def calibration_error(margins: np.ndarray, n: int = 10) -> float:
     return float(np.average(np.abs(gap), weights=np.bincount(band, minlength=n)))
 
 
+def agreed(rewards: np.ndarray, rule: str) -> np.ndarray:
+    """What a committee gives to each response, from its members' ``rewards`` (members, responses) on one scale.
+
+    ``"mean"``, ``"worst"`` (the lowest), or ``"mean - std"`` (arXiv 2310.02743). Raises ``ValueError`` for others.
+    """
+    rules = {"mean": rewards.mean, "worst": rewards.min, "mean - std": lambda axis: rewards.mean(0) - rewards.std(0)}
+    if rule not in rules:
+        raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(rules)}")
+    return rules[rule](axis=0)
+
+
+def spread(rewards: np.ndarray) -> dict[str, float]:
+    """How far apart a reward model holds the responses to a prompt, from ``rewards`` (prompts, k).
+
+    ``raw``: mean absolute difference of two; ``scale-free``: the same over the standard deviation of all rewards, which
+    no scaling of the head changes.
+    """
+    first, second = np.triu_indices(rewards.shape[1], 1)
+    raw = float(np.abs(rewards[:, first] - rewards[:, second]).mean())
+    return {"raw": raw, "scale-free": raw / max(float(rewards.std()), 1e-12)}
+
+
 def resample_clusters(cluster: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Row indices of one bootstrap sample that draws whole clusters (debates, prompts) with replacement."""
     order = np.argsort(cluster, kind="stable")

@@ -78,3 +78,20 @@ def lm_loss(
     if not bool(mask.any()):
         raise ValueError("lm_loss: the mask selects no position")
     return F.cross_entropy(logits[mask].float(), labels[mask])
+
+
+def dpo_loss(
+    logprobs_chosen: Float[Tensor, "pairs"],
+    logprobs_rejected: Float[Tensor, "pairs"],
+    ref_logprobs_chosen: Float[Tensor, "pairs"],
+    ref_logprobs_rejected: Float[Tensor, "pairs"],
+    *,
+    beta: float,
+) -> Float[Tensor, ""]:
+    r"""Loss of direct preference optimisation in nats, the mean over pairs (arXiv 2305.18290 Eq 7).
+
+    A policy's own reward of a response is $\beta$ times its log-probability less that under the reference; all
+    arguments are log-probabilities of whole responses.
+    """
+    chosen, rejected = logprobs_chosen - ref_logprobs_chosen, logprobs_rejected - ref_logprobs_rejected
+    return F.softplus(-beta * (chosen - rejected)).mean()

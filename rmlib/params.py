@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -27,14 +28,72 @@ BelowHalf = Annotated[float, Field(gt=0, lt=0.5)]
 Name = Annotated[str, Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 OnBadRow = Literal["error", "drop"]
-IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
 Schedule = Literal["linear", "inverse_sqrt", "constant"]
+IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Plain(BaseModel):
+def _check_ppo(p):
+    if p.reward_norm and p.reward_scaling:
+        raise ValueError("reward_norm and reward_scaling exclude one another")
+    if p.num_mini_batches > p.batch_size * p.rollouts_per_prompt:
+        raise ValueError(f"num_mini_batches = {p.num_mini_batches} exceeds the responses of a step")
+    return p
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """How :mod:`rmlib.ppo` trains a policy; the switches of the official code ("PPO-max") under the field's names.
+
+    ``kl_coef`` weighs the penalty, whose ``kl_estimator`` is a token's log ratio (k1) or its always positive form (k3).
+    Scores lose ``missing_eos_penalty`` where a response was cut at ``max_new_tokens``; then ``reward_norm``
+    standardises them in their batch, or ``reward_scaling`` divides them by the standard deviation of all scores so far;
+    ``reward_clip`` bounds them. Training stops after a step whose KL exceeds ``max_kl`` nats a response.
+    ``None`` switches a clip off. Raises ``ValueError`` naming a field that is out of range.
+    """
+
+    steps: Count
+    lr: PositiveOrZero
+    critic_lr: PositiveOrZero
+    max_new_tokens: Count
+    batch_size: Count = 64
+    rollouts_per_prompt: Count = 1
+    num_ppo_epochs: Count = 4
+    num_mini_batches: Count = 1
+    warmup_steps: CountOrZero = 0
+    kl_coef: PositiveOrZero = 0.0
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    cliprange: Positive | None = 0.2
+    cliprange_value: Positive | None = 0.2
+    vf_coef: Positive = 1.0
+    entropy_coef: PositiveOrZero = 0.0
+    whiten_advantages: bool = False
+    advantage_clip: Positive | None = None
+    reward_norm: bool = False
+    reward_scaling: bool = False
+    reward_clip: Positive | None = None
+    missing_eos_penalty: PositiveOrZero = 0.0
+    max_kl: Positive | None = None
+    max_grad_norm: Positive | None = 1.0
+    temperature: Positive = 1.0
+    top_p: ShareOrOne = 1.0
+    repetition_penalty: Positive = 1.0
+
+    _fits = model_validator(mode="after")(_check_ppo)
+
+    @property
+    def sampling(self) -> dict:
+        """How responses are drawn. Log-probabilities are always those of the policy itself."""
+        names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
+
+
+class Plain(BaseModel, frozen=True):
     """What all chapters share; an unknown key is an error, and a number in quotes is no number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
     preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -64,15 +123,6 @@ def _check_world_and_data(p: BaseModel) -> BaseModel:
     return p
 
 
-def check_ppo(p):
-    """Settings of PPO as they are. Raises ``ValueError`` if they exclude one another."""
-    if p.reward_norm and p.reward_scaling:
-        raise ValueError("reward_norm and reward_scaling exclude one another")
-    if p.num_mini_batches > p.batch_size * p.rollouts_per_prompt:
-        raise ValueError(f"num_mini_batches = {p.num_mini_batches} exceeds the responses of a step")
-    return p
-
-
 def _check_answers(p: BaseModel) -> BaseModel:
     if p.answers_each > p.sft_answers:
         raise ValueError(
@@ -82,11 +132,27 @@ def _check_answers(p: BaseModel) -> BaseModel:
 
 
 def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: p) -> type[Plain]:
-    """The parameters of a chapter: names by their type, and a check of what must fit together, which returns them."""
-    fields = {name: (kind, ...) for kind, names in types.items() for name in names.split()}
+    """The parameters of a chapter: names by their type, and a check of what must fit together, which returns them.
+
+    Names under ``Settings`` have the type that they have there.
+    """
+    typed = ((name, kind) for kind, names in types.items() for name in names.split())
+    fields = {name: (Settings.__annotations__[name] if kind is Settings else kind, ...) for name, kind in typed}
     validators = {"fits": model_validator(mode="after")(fits)}
     return create_model("Chapter", __base__=base, __validators__=validators, **fields)
 
+
+# What every chapter that trains policies is given; those that ask for more settings name them, as 02b does.
+Policies = _chapter(
+    {
+        Settings: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches warmup_steps max_new_tokens "
+        "temperature top_p repetition_penalty max_kl whiten_advantages",
+        Annotated[int, Field(ge=5)]: "steps",
+        Positive: "lr critic_lr kl_coef",
+        Count: "n_asked answers_each",
+        CountOrZero: "workers",
+    }
+)
 
 CHAPTERS: dict[str, type[Plain]] = {
     "00_world_and_data": _chapter(
@@ -148,19 +214,14 @@ CHAPTERS: dict[str, type[Plain]] = {
     ),
     "02b_policies": _chapter(
         {
-            Annotated[int, Field(ge=5)]: "steps",
-            Positive: "lr critic_lr temperature repetition_penalty kl_coef vf_coef",
-            Positive | None: "max_kl cliprange cliprange_value advantage_clip reward_clip",
-            PositiveOrZero: "entropy_coef missing_eos_penalty",
-            ShareOrOne: "top_p gamma",
-            Annotated[float, Field(ge=0, le=1)]: "lam",
-            Literal["k1", "k3"]: "kl_estimator",
-            bool: "whiten_advantages reward_norm reward_scaling variants",
-            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked answers_each",
+            Settings: "kl_estimator lam cliprange cliprange_value vf_coef entropy_coef advantage_clip reward_norm "
+            "reward_scaling reward_clip missing_eos_penalty",
+            ShareOrOne: "gamma",
             AtLeastTwo: "best_of",
-            CountOrZero: "warmup_steps workers",
+            bool: "variants",
         },
-        fits=check_ppo,
+        base=Policies,
+        fits=_check_ppo,
     ),
     "03_contrastive": _chapter(
         {
@@ -175,18 +236,22 @@ CHAPTERS: dict[str, type[Plain]] = {
             CountOrZero: "n_bootstrap workers",
         }
     ),
-    "03b_contrastive_policies": _chapter(
+    "03b_contrastive_policies": _chapter({AtLeastTwo: "sft_answers"}, base=Policies, fits=_check_answers),
+    "04_metarm": _chapter(
         {
-            Annotated[int, Field(ge=5)]: "steps",
-            Positive: "lr critic_lr temperature repetition_penalty kl_coef",
-            Positive | None: "max_kl",
-            ShareOrOne: "top_p",
-            bool: "whiten_advantages",
-            Count: "batch_size rollouts_per_prompt num_ppo_epochs num_mini_batches max_new_tokens n_asked answers_each",
-            AtLeastTwo: "sft_answers",
-            CountOrZero: "warmup_steps workers",
-        },
-        fits=_check_answers,
+            Settings: "steps critic_lr rollouts_per_prompt num_ppo_epochs kl_coef whiten_advantages max_new_tokens "
+            "temperature",
+            Positive: "lr epochs compute_epochs eta meta_temperature policy_lr",
+            Schedule: "schedule",
+            ShareOrZero: "warmup_ratio dropout",
+            Literal["gradient", "normalised"]: "ascent",
+            AtLeastTwo: "k n_members n_evaluations",
+            Count: "batch_size max_length meta_batch_size n_meta_prompts n_sweep_seeds n_judged policy_batch_size",
+            list[Positive]: "etas temperatures",
+            list[AtLeastTwo]: "ks",
+            list[Count]: "n_meta_sweep",
+            CountOrZero: "n_bootstrap workers",
+        }
     ),
 }
 

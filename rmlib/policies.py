@@ -14,15 +14,17 @@ import torch
 from scipy.special import gammaln
 from torch import nn
 
-from rmlib import data, models, ppo, records, runs, training, world
+from rmlib import data, evaluation, models, ppo, records, runs, training, world
 
 
 @dataclass(frozen=True)
 class PolicyRun:
     """One policy: it starts as ``policy``, and is paid by ``reward_model`` for its answers to ``prompts``.
 
-    Rewards are (reward - ``reward_mean``) / ``reward_std``. In the end it answers the prompts ``asked``. ``has_gold``
-    says that the prompts are of the miniature world, so that the true reward can be noted beside.
+    Rewards are (reward - ``reward_mean``) / ``reward_std``; with a ``committee``, more reward models each with its mean
+    and standard deviation, the policy is paid as :func:`rmlib.evaluation.agreed` by ``rule``. KL counts from
+    ``reference``, if not from where the policy starts. In the end it answers the prompts ``asked``. ``has_gold`` says
+    that the prompts are of the miniature world, so that the true reward can be noted beside.
     """
 
     name: str
@@ -34,10 +36,26 @@ class PolicyRun:
     seed: int
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    committee: tuple[tuple[Path, float, float], ...] = ()
+    rule: str = "mean"
+    reference: Path | None = None
     has_gold: bool = False
 
 
-POLICY_RUN_CODE = ("ppo", "policies", "models", "data", "training", "losses", "world")
+@dataclass(frozen=True)
+class SampleRun:
+    """``n_draws`` answers of ``policy`` to each of ``prompts``; ``sampling`` as in :func:`rmlib.models.generate`."""
+
+    name: str
+    policy: Path
+    prompts: tuple[str, ...]
+    n_draws: int
+    sampling: dict
+    seed: int = 0
+
+
+POLICY_RUN_CODE = ("ppo", "policies", "models", "data", "training", "losses", "evaluation", "world")
+SAMPLE_RUN_CODE = ("models", "policies", "data")
 
 
 def gold_of_texts(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -69,21 +87,51 @@ def answer(policy: nn.Module, tokenizer, prompts: Sequence[str], *, seed: int, b
 def train_policy_run(run: PolicyRun, folder: Path, checkpoint: Path | None = None) -> None:
     """Train one policy; write ``log.parquet``, ``samples.parquet``, ``answers.parquet`` and ``model`` to ``folder``."""
     tokenizer, policy = models.load_tokenizer(run.policy), models.load_language_model(run.policy)
-    judge, critic = (models.load_reward_model(run.reward_model) for _ in range(2))
-    scale = {"mean": run.reward_mean, "std": run.reward_std}
-    reward_fn = ppo.reward_of_texts(judge.to(training.accelerator().device), tokenizer, **scale)
-    given = (policy, critic_of(critic, **scale), tokenizer, list(run.prompts), reward_fn, run.settings)
-    gold_fn = gold_of_texts if run.has_gold else None
-    record = ppo.train_policy(*given, seed=run.seed, gold_fn=gold_fn, checkpoint=checkpoint)
+    reference = models.load_language_model(run.reference) if run.reference else None
+    reward_fn = _reward_fn(run, tokenizer)
+    critic = critic_of(models.load_reward_model(run.reward_model), run.reward_mean, run.reward_std)
+    given = (policy, critic, tokenizer, list(run.prompts), reward_fn, run.settings)
+    about = {"seed": run.seed, "gold_fn": gold_of_texts if run.has_gold else None, "reference": reference}
+    record = ppo.train_policy(*given, **about, checkpoint=checkpoint)
+    for name in ("log", "samples"):
+        runs.write_table(pd.DataFrame(record[name]), folder / f"{name}.parquet")
+    leave(policy, tokenizer, run, folder, reward=lambda said: reward_fn(list(run.asked), said))
+
+
+def _reward_fn(run: PolicyRun, tokenizer) -> ppo.TextReward:
+    """What pays the policy of ``run``: one reward model, or all of its committee."""
+    device = training.accelerator().device
+    members = [
+        ppo.reward_of_texts(models.load_reward_model(path).to(device), tokenizer, mean=mean, std=std)
+        for path, mean, std in ((run.reward_model, run.reward_mean, run.reward_std), *run.committee)
+    ]
+    if len(members) == 1:
+        return members[0]
+    return lambda prompts, said: evaluation.agreed(np.stack([fn(prompts, said) for fn in members]), run.rule)
+
+
+def leave(policy: nn.Module, tokenizer, run, folder: Path, **columns) -> None:
+    """Let a trained ``policy`` answer the prompts of ``run.asked``, and write ``answers.parquet`` and ``model``.
+
+    ``columns`` are functions of the answers. True rewards join them where ``run.has_gold``.
+    """
     draw = zlib.crc32(run.name.encode())  # no two policies answer from the same random numbers
     said = answer(policy, tokenizer, run.asked, seed=draw, **run.settings.sampling)
-    answers = pd.DataFrame({"prompt": run.asked, "response": said, "reward": reward_fn(list(run.asked), said)})
+    answers = pd.DataFrame({"prompt": run.asked, "response": said} | {name: of(said) for name, of in columns.items()})
     if run.has_gold:
         answers["gold"] = gold_of_texts(run.asked, said)
-    for name, table in {"answers": answers, "log": record["log"], "samples": record["samples"]}.items():
-        runs.write_table(pd.DataFrame(table), folder / f"{name}.parquet")
+    runs.write_table(answers, folder / "answers.parquet")
     policy.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+
+
+def sample(run: SampleRun, folder: Path, checkpoint: Path | None = None) -> None:
+    """Write the answers of ``run`` to ``answers.parquet``: ``place`` (of the prompt), ``draw, prompt, response``."""
+    model = models.load_language_model(run.policy).to(training.accelerator().device)
+    given, places = (model, models.load_tokenizer(run.policy), run.prompts), range(len(run.prompts))
+    drawn = [answer(*given, seed=1_000_000 * run.seed + 1000 * k, **run.sampling) for k in range(run.n_draws)]
+    said = [{"place": places, "draw": k, "prompt": run.prompts, "response": each} for k, each in enumerate(drawn)]
+    runs.write_table(pd.concat(map(pd.DataFrame, said), ignore_index=True), folder / "answers.parquet")
 
 
 def questions_of(inputs: Mapping[str, Path], seed: int, n_asked: int) -> tuple[list[str], pd.DataFrame]:
@@ -107,16 +155,30 @@ def questions_of(inputs: Mapping[str, Path], seed: int, n_asked: int) -> tuple[l
 
 def sft_answers(run: records.Run, base: Path, questions: pd.DataFrame, n_draws: int, sampling: dict) -> pd.DataFrame:
     """``n_draws`` answers of the model in ``base`` to every question, drawn once: questions, ``draw, response``."""
+    asked = SampleRun("sft-answers", base, tuple(questions["prompt"]), n_draws, sampling)
+    said = pd.read_parquet(run.units([asked], sample, code=SAMPLE_RUN_CODE)[0] / "answers.parquet")
+    return questions.join(said.set_index("place")[["draw", "response"]]).sort_values("draw", kind="stable")
 
-    def ask(folder: Path, checkpoint: Path) -> None:
-        model = models.load_language_model(base).to(training.accelerator().device)
-        given = (model, models.load_tokenizer(base), questions["prompt"])
-        table = [questions.assign(draw=k, response=answer(*given, seed=1000 * k, **sampling)) for k in range(n_draws)]
-        runs.write_table(pd.concat(table), folder / "answers.parquet")
 
-    code = ("models", "policies", "data")
-    key = runs.content_key(questions["prompt"].to_list(), base, n_draws, sampling, code=code)
-    return pd.read_parquet(run.made(f"sft-answers-{key}", ask) / "answers.parquet")
+def pairs_of_answers(answers: pd.DataFrame, split: str, gold: bool) -> list[dict]:
+    """Unlabelled pairs for :func:`rmlib.data.draw_labels`, of neighbouring draws among a prompt's ``answers``.
+
+    ``answers`` has rows ``prompt, subset, draw, response``, each prompt once a draw. Two identical answers make no
+    pair. True rewards are NaN unless ``gold`` says that the prompts are of the miniature world.
+    """
+    rows = []
+    said = answers.pivot(index=["prompt", "subset"], columns="draw", values="response")
+    for n, ((prompt, subset), texts) in enumerate(said.iterrows()):
+        about = {"prompt_id": f"{split}-{n}", "prompt": prompt, "subset": subset, "topic": "", "split": split}
+        for k in range(0, len(texts) - 1, 2):
+            if texts[k] == texts[k + 1]:
+                continue
+            pair = {"pair_id": f"{split}-{n}-{k}"} | about
+            for side, text in zip("ab", texts[k : k + 2], strict=True):
+                worth = world.gold_reward(prompt, text) if gold else float("nan")
+                pair |= {f"response_{side}": text, f"id_{side}": world.text_id(text), f"gold_{side}": worth}
+            rows.append(pair)
+    return rows
 
 
 def reward_scale(said: pd.DataFrame, rewards: Mapping[tuple[int, str], np.ndarray]) -> pd.DataFrame:

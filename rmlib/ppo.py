@@ -11,71 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from rmlib import data, models, training
-from rmlib.params import Count, CountOrZero, Positive, PositiveOrZero, ShareOrOne, check_ppo
+from rmlib.params import Settings
 
 Scores = Float[Tensor, "responses"]
 PerToken = Float[Tensor, "responses tokens"]
 Mask = Bool[Tensor, "responses tokens"]
 TextReward = Callable[[list[str], list[str]], Sequence[float] | Tensor]
-
-
-@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-class Settings:
-    """How a policy is trained; the switches of the official code ("PPO-max") under the field's names.
-
-    ``kl_coef`` weighs the penalty, whose ``kl_estimator`` is a token's log ratio (k1) or its always positive form (k3).
-    Scores lose ``missing_eos_penalty`` where a response was cut at ``max_new_tokens``; then ``reward_norm``
-    standardises them in their batch, or ``reward_scaling`` divides them by the standard deviation of all scores so far;
-    ``reward_clip`` bounds them. Training stops after a step whose KL exceeds ``max_kl`` nats a response.
-    ``None`` switches a clip off. Raises ``ValueError`` naming a field that is out of range.
-    """
-
-    steps: Count
-    lr: PositiveOrZero
-    critic_lr: PositiveOrZero
-    max_new_tokens: Count
-    batch_size: Count = 64
-    rollouts_per_prompt: Count = 1
-    num_ppo_epochs: Count = 4
-    num_mini_batches: Count = 1
-    warmup_steps: CountOrZero = 0
-    kl_coef: PositiveOrZero = 0.0
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    cliprange: Positive | None = 0.2
-    cliprange_value: Positive | None = 0.2
-    vf_coef: Positive = 1.0
-    entropy_coef: PositiveOrZero = 0.0
-    whiten_advantages: bool = False
-    advantage_clip: Positive | None = None
-    reward_norm: bool = False
-    reward_scaling: bool = False
-    reward_clip: Positive | None = None
-    missing_eos_penalty: PositiveOrZero = 0.0
-    max_kl: Positive | None = None
-    max_grad_norm: Positive | None = 1.0
-    temperature: Positive = 1.0
-    top_p: ShareOrOne = 1.0
-    repetition_penalty: Positive = 1.0
-
-    _fits = model_validator(mode="after")(check_ppo)
-
-    @property
-    def sampling(self) -> dict:
-        """How responses are drawn. Log-probabilities are always those of the policy itself."""
-        names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
-        return {name: getattr(self, name) for name in names}
 
 
 # ---------------------------------------------------------------- masked statistics
@@ -214,7 +162,7 @@ def token_values(critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _of_all(measure: Callable, model: nn.Module, texts: data.Responses, shape: tuple[int, ...], size: int) -> Tensor:
+def of_all(measure: Callable, model: nn.Module, texts: data.Responses, shape: tuple[int, ...], size: int) -> Tensor:
     """``measure(model, batch)`` of all responses in batches of similar length, on the CPU."""
     out, device = torch.zeros(shape), next(model.parameters()).device
     for rows in data.score_batches(texts.lengths, np.arange(shape[0]), size):
@@ -257,7 +205,7 @@ def rollout(
 
     def measured(measure: Callable, model: nn.Module) -> Tensor:
         with training.accelerator().autocast():
-            return torch.where(mask, _of_all(measure, model, texts, mask.shape, micro_batch_size), 0.0)
+            return torch.where(mask, of_all(measure, model, texts, mask.shape, micro_batch_size), 0.0)
 
     logprobs, ref_logprobs = (measured(token_logprobs, m) for m in (policy, reference))
     values = measured(token_values, critic)
@@ -375,6 +323,7 @@ def train_policy(
     *,
     seed: int,
     gold_fn: TextReward | None = None,
+    reference: nn.Module | None = None,
     n_samples: int = 5,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
@@ -382,14 +331,16 @@ def train_policy(
     """Train ``policy`` in place against ``reward_fn(prompts, responses)``; returns its log and sample texts.
 
     ``critic`` is a reward model, whose head becomes the value head. ``gold_fn`` is looked at, never trained on.
-    The log has a row a step: ``reward`` and ``gold``, ``kl`` and ``kl_k3`` (nats a response) to the policy that came
-    in, ``entropy``, ``length``, ``eos_rate``, ``perplexity`` under that policy, ``clip_fraction``,
-    ``explained_variance``, losses, and seconds ``sampling`` (with scoring) and ``learning``. All random numbers of a
-    step follow from ``seed`` and its number, so a rerun from ``checkpoint`` equals a straight run.
+    KL counts from ``reference``, by default the policy that came in.
+    The log has a row a step: ``reward`` and ``gold``, ``reward_std``, ``spread`` and ``gold_spread`` (standard deviation
+    within a prompt, where it has several rollouts), ``kl`` and ``kl_k3`` (nats a response) to the reference,
+    ``entropy``, ``length``, ``eos_rate``, ``perplexity`` under the reference, ``clip_fraction``, ``explained_variance``,
+    losses, and seconds ``sampling`` (with scoring) and ``learning``. All random numbers of a step follow from ``seed``
+    and its number, so a rerun from ``checkpoint`` equals a straight run.
     """
     check_policy(policy, tokenizer, prompts, settings)
     device = training.accelerator().device
-    reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)
+    reference = copy.deepcopy(policy if reference is None else reference).to(device).eval().requires_grad_(False)
     policy.to(device).eval(), critic.to(device).eval()  # no dropout: log-probabilities must be those that sampled
     groups = [{"params": policy.parameters(), "lr": settings.lr}, {"params": critic.parameters()}]
     optimiser = torch.optim.AdamW(groups, lr=settings.critic_lr, weight_decay=0.0, fused=True)
@@ -411,7 +362,7 @@ def train_policy(
         sampled = time.perf_counter()
         stats = learn(policy, critic, optimiser, experience, settings, rng, record["past_scores"])
         times = {"sampling": sampled - began, "learning": time.perf_counter() - sampled}
-        record["log"].append({"step": step} | _described(experience, gold_fn) | stats | times)
+        record["log"].append({"step": step} | _described(experience, gold_fn, settings) | stats | times)
         too_far = settings.max_kl is not None and record["log"][-1]["kl"] > settings.max_kl
         if step in shown or too_far:
             texts = zip(asked[:n_samples], experience.responses, experience.scores.tolist(), strict=False)
@@ -424,17 +375,21 @@ def train_policy(
     return record
 
 
-def _described(experience: Experience, gold_fn: TextReward | None) -> dict[str, float]:
+def _described(experience: Experience, gold_fn: TextReward | None, settings: Settings) -> dict[str, float]:
     """What one step's responses were like, before learning from them."""
-    mask = experience.mask
+    mask, n = experience.mask, settings.rollouts_per_prompt
     row = {"reward": experience.scores.mean().item(), "reward_std": experience.scores.std(correction=0).item()}
+    if n > 1:
+        row["spread"] = experience.scores.unflatten(0, (-1, n)).std(dim=1, correction=0).mean().item()
     for name, estimator in (("kl", "k1"), ("kl_k3", "k3")):
         each = kl_per_token(experience.logprobs, experience.ref_logprobs, estimator)
         row[name] = torch.where(mask, each, 0.0).sum(1).mean().item()
     row |= {"length": mask.sum(1).float().mean().item(), "eos_rate": float(experience.ended.mean())}
     row["perplexity"] = masked_mean(-experience.ref_logprobs, mask).exp().item()
     if gold_fn is not None:
-        row["gold"] = float(np.mean([float(value) for value in gold_fn(experience.prompts, experience.responses)]))
+        gold = np.array([float(value) for value in gold_fn(experience.prompts, experience.responses)])
+        row["gold"] = float(gold.mean())
+        row |= {"gold_spread": float(gold.reshape(-1, n).std(axis=1).mean())} if n > 1 else {}
     return row
 
 
@@ -451,6 +406,6 @@ def reward_of_texts(model: nn.Module, tokenizer, *, mean: float = 0.0, std: floa
     def reward_fn(prompts: list[str], responses: list[str]) -> Tensor:
         asked, said = data.prompt_ids(prompts, tokenizer), data.response_ids(responses, tokenizer)
         texts = data.Responses(asked, said, tokenizer.pad_token_id)
-        return (_of_all(at_end, model, texts, (len(prompts), 1), batch_size)[:, 0] - mean) / std
+        return (of_all(at_end, model, texts, (len(prompts), 1), batch_size)[:, 0] - mean) / std
 
     return reward_fn

@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rmlib import contrastive, data, losses, models, runs
+from rmlib import contrastive, data, losses, metarm, models, runs
 
 # ---------------------------------------------------------------- the loop
 
@@ -77,18 +78,20 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
     progress: str | None = None,
+    ahead: Callable[[nn.Module, int, Accelerator], AbstractContextManager] = lambda *_: nullcontext({}),
 ) -> nn.Module:
     """Train ``model`` on ``batches`` (row indices, one array a step) and return it.
 
     ``record["log"]`` gains a row ``{"step", "loss"}`` a step, counted from 1; ``after_step`` may add to that row
     and to the other lists of ``record``. With ``checkpoint`` model, optimiser, random state and record are
     saved every ``checkpoint_seconds`` (0: at every step; else more rarely where saving is slow) and found again by
-    a rerun, which then equals an uninterrupted run.
+    a rerun, which then equals an uninterrupted run. Where several processes train, given the same ``model`` and
+    ``batches``, each takes its part of every batch, and all make the same step. ``ahead`` is the place where a step
+    finds its gradient (:func:`rmlib.metarm.look_ahead`), and what it yields joins the step's row.
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
-    if machine.num_processes != 1:
-        raise RuntimeError(f"fit trains in one process, not in {machine.num_processes}: each would train its own copy")
+    mine = slice(machine.process_index, None, machine.num_processes)
     schedule, warmup = SCHEDULES[optimisation.schedule], round(optimisation.warmup_ratio * steps)
     model.to(machine.device)  # not prepared: a prepared model goes on computing in bf16 when it scores
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -101,20 +104,30 @@ def fit(
     saved, pause = time.monotonic(), checkpoint_seconds
     model.train()
     for step in tqdm(range(len(record["log"]), steps), desc=progress, disable=progress is None, mininterval=5):
-        batch = {name: tensor.to(machine.device) for name, tensor in collate(batches[step]).items()}
-        with machine.autocast():
-            loss = loss_fn(model, batch)
-        row = {"step": step + 1, "loss": loss.item()}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"loss is {row['loss']} at step {step + 1}, batch rows {batches[step].tolist()}")
+        rows = batches[step][mine]
+        share = len(rows) * machine.num_processes / len(batches[step])  # of the mean over the whole batch
+        rows = rows if len(rows) else batches[step][:1]
+        batch = {name: tensor.to(machine.device) for name, tensor in collate(rows).items()}
         optimiser.zero_grad()
-        machine.backward(loss)
+        with ahead(model, step, machine) as seen:
+            with machine.autocast():
+                loss = share * loss_fn(model, batch)
+            row = {"step": step + 1, "loss": machine.reduce(loss.detach(), "mean").item()} | seen
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"loss is {row['loss']} at step {step + 1}, batch rows {batches[step].tolist()}"
+                )
+            machine.backward(loss)
+        if machine.num_processes > 1:
+            for parameter in trainable:
+                if parameter.grad is not None:
+                    parameter.grad = machine.reduce(parameter.grad, "mean")
         machine.clip_grad_norm_(trainable, optimisation.max_grad_norm)
         optimiser.step()
         scheduler.step()
         record["log"].append(row)
         after_step(row)
-        if checkpoint and (started := time.monotonic()) - saved >= pause:
+        if checkpoint and machine.is_main_process and (started := time.monotonic()) - saved >= pause:
             save_state(checkpoint, state, record)
             saved = time.monotonic()
             pause = checkpoint_seconds and max(checkpoint_seconds, 20 * (saved - started))  # a twentieth of the time
@@ -184,8 +197,9 @@ class RewardRun:
     ``target`` with one value for every pair of the set. ``self_smoothing`` moves each pair's target that share of
     the way to the model's own prediction after every epoch (iterative data smoothing, arXiv 2401.16335).
     ``lm_coef`` adds the imitation of the chosen response (Part I Eq 2). With ``contrast`` every batch is seen in two
-    views, two passes with dropout, and its ranking loss is the mean over both (section 3.1). Raises ``ValueError``
-    naming the first row with a margin or target out of range, and for treatments that exclude one another.
+    views, two passes with dropout, and its ranking loss is the mean over both (section 3.1). With ``meta`` every step
+    looks ahead (section 3.2), and the log has ``difference_loss`` and ``spread``. Raises ``ValueError`` naming the
+    first row with a margin or target out of range, and for treatments that exclude one another.
     """
 
     name: str
@@ -206,6 +220,7 @@ class RewardRun:
     self_smoothing: float = 0.0
     lm_coef: float = 0.0
     contrast: contrastive.Contrast | None = None
+    meta: metarm.Meta | None = None
     dropout: float = 0.0
     max_length: int = 256
     snapshots: int = 1
@@ -231,7 +246,7 @@ class RewardRun:
 
 
 DROPOUT = 1000  # the number of a unit's first scoring with dropout, counted as a snapshot
-REWARD_RUN_CODE = ("losses", "contrastive", "models", "data", "training")
+REWARD_RUN_CODE = ("losses", "contrastive", "metarm", "models", "data", "training")
 
 
 def open_preferences(path: Path) -> Dataset:
@@ -302,6 +317,9 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
         return pairs.collate(rows, flipped) | {name: values[rows] for name, values in record["treatment"][0].items()}
 
     keep = {"record": record, "after_step": after_step, "checkpoint": checkpoint}
+    if run.meta:
+        meta_set = metarm.MetaSet(run.meta.responses, run.base, run.max_length)
+        keep["ahead"] = metarm.look_ahead(run.meta, meta_set, run.data_seed)
     fit(model, batches, collate, partial(_reward_loss, run), run.optimisation, **keep)
     torch.manual_seed(run.data_seed)
     for k in range(run.dropout_passes):

@@ -16,8 +16,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-with install_import_hook("rmlib.losses", "beartype.beartype"):
-    import rmlib.losses  # noqa: F401
+with install_import_hook(["rmlib.losses", "rmlib.metarm"], "beartype.beartype"):
+    import rmlib.losses
+    import rmlib.metarm  # noqa: F401
 
 import tiny
 
