@@ -32,6 +32,7 @@ CHAPTERS = {
         "after": ["00_world_and_data", "03_contrastive"],
     },
     "04_metarm": {"modules": [*CORE, "voting", "ppo", "policies", "claims"], "after": ["00_world_and_data"]},
+    "05_iterative_rlhf": {"modules": [*CORE, "ppo", "dpo", "policies", "claims"], "after": ["00_world_and_data"]},
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
 # A preset runs the chapters for which it has a file of parameters.

@@ -145,10 +145,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> nn.Module:
     """A reward model on a pretrained ``base``: its trunk, and a new scalar head drawn after seeding.
 
-    ``base`` is a causal LM (folder, package or hub name), or a file of an encoder's cached features
-    (``*.safetensors``), which gives a :class:`FrozenRewardModel`. ``dropout`` acts inside attention
-    (causal models), or on the features (frozen). Raises ``ValueError`` naming ``base`` for a model that has no
-    such place, has several labels already, or whose weights are broken, not finite, or missing from its trunk.
+    ``base`` is a causal LM (folder, package or hub name), or a file of an encoder's cached features, which gives a
+    :class:`FrozenRewardModel`. ``dropout`` acts inside attention, or on the features. Raises ``ValueError`` naming
+    ``base`` for a model that has no such place, has several labels, or lacks sound weights in its trunk.
     """
     torch.manual_seed(head_seed)
     if is_features(base):
@@ -171,8 +170,8 @@ def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> n
 def load_reward_model(folder: str | Path) -> nn.Module:
     """The reward model that ``save_reward_model`` left in ``folder``, scoring exactly as it did.
 
-    Raises ``FileNotFoundError`` where there is none, and ``ValueError`` naming the folder for weights that are
-    broken, missing (a language model has no reward head), not finite, or of more than one label.
+    Raises ``FileNotFoundError`` where there is none, and ``ValueError`` naming the folder for weights that are not
+    sound, lack the head (a language model has none), or have several labels.
     """
     head = Path(folder) / "head.safetensors"
     if head.exists():
@@ -180,8 +179,7 @@ def load_reward_model(folder: str | Path) -> nn.Module:
             state = load_file(head)
             if state["hidden.weight"].ndim != 2:
                 raise ValueError("hidden.weight is no matrix")
-            width, n_features = state["hidden.weight"].shape
-            model = FrozenRewardModel(n_features, hidden_size=width)
+            model = FrozenRewardModel(state["hidden.weight"].shape[1])
             model.load_state_dict(state)
         _refuse(folder, "weights that are not finite", _not_finite(model))
         return model.eval()
@@ -206,11 +204,11 @@ def save_reward_model(model: nn.Module, folder: str | Path) -> None:
 class FrozenRewardModel(nn.Module):
     """A small head, trained with dropout, on cached features: rewards of a frozen encoder, in milliseconds."""
 
-    def __init__(self, n_features: int, *, hidden_size: int = 128, dropout: float = 0.0):
+    def __init__(self, n_features: int, *, dropout: float = 0.0):
         super().__init__()
-        self.hidden = nn.Linear(n_features, hidden_size)
+        self.hidden = nn.Linear(n_features, 128)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(hidden_size, 1, bias=False)
+        self.score = nn.Linear(128, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """What the head's last layer reads, shape (batch, hidden), of features, shape (batch, n_features)."""
@@ -236,10 +234,7 @@ def states_at(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a causal LM whose logits are not its output embedding of the last hidden states.
-
-    Some architectures scale or cap them afterwards; what is trained here would then not be what is sampled.
-    """
+    """Raise ``ValueError`` for a causal LM that scales or caps its logits: what we train would not be what it samples."""
     training, at = model.training, torch.arange(4, device=model.device)
     model.eval()
     batch = {"input_ids": at[None], "position_ids": at[None], "at": at[None]}
@@ -275,10 +270,9 @@ def _layer_at(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], m
 
 
 def imitation_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Next-token logits of a reward model's trunk through its input embeddings, shape (rows, length, vocabulary).
+    """Next-token logits of a reward model's trunk, for Part I's imitation term, shape (rows, length, vocabulary).
 
-    The language-model head of Part I's imitation term. Raises ``ValueError`` for a model without one:
-    cached features, or a causal model whose output embeddings are not its input embeddings.
+    Raises ``ValueError`` for a model without a language-model head: its output embeddings must be its input embeddings.
     """
     if "at" not in batch or not model.config.get_text_config().tie_word_embeddings:
         raise ValueError("the imitation term needs a causal model whose input and output embeddings are tied")
@@ -316,8 +310,8 @@ def pair_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 def generate(
     model: nn.Module, prompts: list[np.ndarray], *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int, **sampling
 ) -> list[list[int]]:
-    """One sampled response (token ids without the end token) for each prompt, from the model itself unless
-    ``sampling`` sets ``temperature``, ``top_p`` or ``repetition_penalty``.
+    """One response (token ids without the end token) to each prompt; ``sampling`` may set ``temperature, top_p,
+    repetition_penalty``, else it is drawn from the model itself.
     """
     torch.manual_seed(seed)
     texts = [torch.from_numpy(tokens) for tokens in prompts]
@@ -341,17 +335,16 @@ def encode(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
 ) -> Tensor:
-    """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden).
+    """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden), mean square 1 each.
 
-    Each text's features are scaled to a mean square of 1, so that a head trains on them at an ordinary rate. With
-    ``checkpoint`` a rerun goes on where a killed one was at most ``checkpoint_seconds`` ago.
+    With ``checkpoint`` a rerun goes on where a killed one was at most ``checkpoint_seconds`` ago.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(name, revision)
     model = _from_checkpoint(AutoModel, name, revision=revision)[0].eval().to(device)
     if max_length > (places := getattr(model.config, "max_position_embeddings", max_length)):
         raise ValueError(f"{name}: it reads {places} tokens, fewer than max_length {max_length}")
-    cut = {"truncation": True, "max_length": max_length}
+    padded = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
     features = torch.full((len(texts), model.config.hidden_size), torch.nan)
     if checkpoint and checkpoint.exists():
@@ -365,7 +358,7 @@ def encode(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     saved = time.monotonic()
     for rows in tqdm([rows for rows in batches if features[rows].isnan().any()], desc="encoding", mininterval=5):
-        batch = tokenizer([texts[i] for i in rows], **cut, padding=True, return_tensors="pt").to(device)
+        batch = tokenizer([texts[i] for i in rows], **padded).to(device)
         hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1)

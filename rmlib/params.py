@@ -30,6 +30,7 @@ Shares = Annotated[list[Share], Field(min_length=1)]
 OnBadRow = Literal["error", "drop"]
 Schedule = Literal["linear", "inverse_sqrt", "constant"]
 IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
+PolicyArm = Literal["vanilla", "MetaRM", "fresh labels", "DPO", "more compute", "averaged weights", "committee"]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -252,6 +253,24 @@ CHAPTERS: dict[str, type[Plain]] = {
             list[Count]: "n_meta_sweep",
             CountOrZero: "n_bootstrap workers",
         }
+    ),
+    "05_iterative_rlhf": _chapter(
+        {
+            Settings: "reward_clip",
+            Annotated[list[PolicyArm], Field(min_length=1)]: "arms",
+            list[Positive]: "eta_factors",
+            Literal["previous", "sft"]: "policy_start reward_model_start",
+            Positive: "reward_lr epochs compute_epochs eta meta_temperature dpo_beta dpo_lr",
+            PositiveOrZero: "judge_noise",
+            Schedule: "schedule",
+            ShareOrZero: "warmup_ratio",
+            Literal["gradient", "normalised"]: "ascent",
+            Literal["mean", "worst", "mean - std"]: "committee_rule",
+            AtLeastTwo: "rounds k n_members sft_answers",
+            Count: "reward_batch_size max_length meta_batch_size n_meta_prompts dpo_batch_size",
+        },
+        base=Policies,
+        fits=_check_answers,
     ),
 }
 

@@ -134,11 +134,14 @@ def sample(run: SampleRun, folder: Path, checkpoint: Path | None = None) -> None
     runs.write_table(pd.concat(map(pd.DataFrame, said), ignore_index=True), folder / "answers.parquet")
 
 
-def questions_of(inputs: Mapping[str, Path], seed: int, n_asked: int) -> tuple[list[str], pd.DataFrame]:
+def questions_of(
+    inputs: Mapping[str, Path], seed: int, n_asked: int, n_validation: int = 0
+) -> tuple[list[str], pd.DataFrame]:
     """Prompts to train policies on, and the questions (kind, subset, prompt) that they are asked in the end.
 
-    ``n_asked`` of each kind, in distribution and out of it. Of the miniature world they are prompts that no reward
-    model has seen, else those of the preference set. Raises ``ValueError`` if there are too few.
+    ``n_asked`` of each kind, in distribution and out of it, and ``n_validation`` to choose by. Of the miniature world
+    they are prompts that no reward model has seen, else those of the preference set. Raises ``ValueError`` if there are
+    too few.
     """
     if "prompts" in inputs:
         everything = pd.read_parquet(inputs["prompts"])
@@ -146,11 +149,14 @@ def questions_of(inputs: Mapping[str, Path], seed: int, n_asked: int) -> tuple[l
     else:
         everything = pd.read_parquet(inputs[f"preferences_{seed}"]).drop_duplicates("prompt")
         own, other = everything[everything["split"] == "train"], everything[everything["split"] != "train"]
-    if n_asked >= min(len(own), len(other) + 1):
-        raise ValueError(f"n_asked = {n_asked}, but there are {len(own)} and {len(other)} prompts")
-    asked = {"in distribution": own.tail(n_asked), "out of distribution": other.head(n_asked)}
+    if n_asked + n_validation >= len(own) or n_asked > len(other):
+        asked = f"n_asked = {n_asked}" + f" and n_validation = {n_validation}" * bool(n_validation)
+        raise ValueError(f"{asked}, but there are {len(own)} and {len(other)} prompts")
+    training, aside = own.iloc[: -n_asked - n_validation], own.iloc[-n_asked - n_validation :]
+    asked = {"in distribution": aside.tail(n_asked), "out of distribution": other.head(n_asked)}
+    asked |= {"validation": aside.head(n_validation)} if n_validation else {}
     questions = pd.concat(asked, names=["kind"]).reset_index("kind")[["kind", "subset", "prompt"]]
-    return own["prompt"].to_list()[:-n_asked], questions.reset_index(drop=True)
+    return training["prompt"].to_list(), questions.reset_index(drop=True)
 
 
 def sft_answers(run: records.Run, base: Path, questions: pd.DataFrame, n_draws: int, sampling: dict) -> pd.DataFrame:

@@ -26,9 +26,6 @@ Mask = Bool[Tensor, "responses tokens"]
 TextReward = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 
 
-# ---------------------------------------------------------------- masked statistics
-
-
 def masked_mean(values: PerToken, mask: Mask) -> Float[Tensor, ""]:
     """Mean over the tokens where ``mask`` is true."""
     return torch.where(mask, values, 0.0).sum() / mask.sum()
@@ -57,9 +54,6 @@ def explained_variance(values: PerToken, returns: PerToken, mask: Mask) -> float
     return float(1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12))
 
 
-# ---------------------------------------------------------------- rewards and advantages
-
-
 def shape_rewards(
     scores: Scores, logprobs: PerToken, ref_logprobs: PerToken, mask: Mask, *, kl_coef: float, kl_estimator: str = "k1"
 ) -> PerToken:
@@ -83,9 +77,6 @@ def gae(rewards: PerToken, values: PerToken, mask: Mask, *, gamma: float, lam: f
         carried = torch.where(mask[:, t], deltas[:, t] + gamma * lam * carried, 0.0)
         advantages[:, t] = carried
     return advantages, advantages + values
-
-
-# ---------------------------------------------------------------- losses
 
 
 def policy_loss(
@@ -117,9 +108,6 @@ def value_loss(
         clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
         errors = torch.max(errors, (clipped - returns).square())
     return 0.5 * masked_mean(errors, mask)
-
-
-# ---------------------------------------------------------------- rollout
 
 
 @dataclass
@@ -158,7 +146,7 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 def token_values(critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The critic's value before each response token, shape (responses, tokens)."""
-    return critic.score(models.states_at(critic, batch))[..., 0].float()
+    return models.rewards_of(critic, models.states_at(critic, batch))
 
 
 @torch.no_grad()
@@ -210,9 +198,6 @@ def rollout(
     logprobs, ref_logprobs = (measured(token_logprobs, m) for m in (policy, reference))
     values = measured(token_values, critic)
     return Experience(texts, prompts, responses, ended, scores, mask, logprobs, ref_logprobs, values)
-
-
-# ---------------------------------------------------------------- learning
 
 
 def ppo_step(
@@ -275,12 +260,11 @@ def learn(
     rng: np.random.Generator,
     past_scores: list[float],
 ) -> dict[str, float]:
-    """All updates of one step, and the means of their statistics."""
+    """All updates of one step; returns the means of losses and statistics, ``explained_variance`` and ``return``."""
     mask, kl = experience.mask, {"kl_coef": settings.kl_coef, "kl_estimator": settings.kl_estimator}
     scores = shaped_scores(experience.scores, experience.ended, settings, past_scores)
     rewards = shape_rewards(scores, experience.logprobs, experience.ref_logprobs, mask, **kl)
     advantages, returns = gae(rewards, experience.values, mask, gamma=settings.gamma, lam=settings.lam)
-    foreseen = explained_variance(experience.values, returns, mask)
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     if settings.advantage_clip is not None:
@@ -293,7 +277,8 @@ def learn(
         for rows in np.array_split(rng.permutation(len(mask)), settings.num_mini_batches)
     ]
     means = {name: float(np.mean([each[name] for each in stats])) for name in stats[0]}
-    return means | {"explained_variance": foreseen, "return": masked_mean(returns, mask).item()}
+    means["explained_variance"] = explained_variance(experience.values, returns, mask)
+    return means | {"return": masked_mean(returns, mask).item()}
 
 
 def check_policy(policy: nn.Module, tokenizer, prompts: list[str], settings: Settings) -> None:
@@ -304,13 +289,11 @@ def check_policy(policy: nn.Module, tokenizer, prompts: list[str], settings: Set
     models.check_head(policy)
     if tokenizer.eos_token_id is None:
         raise ValueError("the policy's tokenizer has no end-of-text token: it could never end a response")
-    context = getattr(policy.config, "max_position_embeddings", np.inf)
+    context, new = getattr(policy.config, "max_position_embeddings", np.inf), settings.max_new_tokens
     for i, ids in enumerate(data.prompt_ids(prompts, tokenizer)):
-        if len(ids) + settings.max_new_tokens > context:
-            raise ValueError(
-                f"prompt {i} ({prompts[i][:60]!r}): {len(ids)} tokens and max_new_tokens {settings.max_new_tokens} "
-                f"exceed the context of {context}"
-            )
+        if len(ids) + new > context:
+            problem = f"{len(ids)} tokens and max_new_tokens {new} exceed the context of {context}"
+            raise ValueError(f"prompt {i} ({prompts[i][:60]!r}): {problem}")
 
 
 def train_policy(
@@ -330,13 +313,12 @@ def train_policy(
 ) -> dict[str, list]:
     """Train ``policy`` in place against ``reward_fn(prompts, responses)``; returns its log and sample texts.
 
-    ``critic`` is a reward model, whose head becomes the value head. ``gold_fn`` is looked at, never trained on.
-    KL counts from ``reference``, by default the policy that came in.
-    The log has a row a step: ``reward`` and ``gold``, ``reward_std``, ``spread`` and ``gold_spread`` (standard deviation
-    within a prompt, where it has several rollouts), ``kl`` and ``kl_k3`` (nats a response) to the reference,
-    ``entropy``, ``length``, ``eos_rate``, ``perplexity`` under the reference, ``clip_fraction``, ``explained_variance``,
-    losses, and seconds ``sampling`` (with scoring) and ``learning``. All random numbers of a step follow from ``seed``
-    and its number, so a rerun from ``checkpoint`` equals a straight run.
+    ``critic`` is a reward model, whose head becomes the value head; ``gold_fn`` is looked at, never trained on. KL
+    counts from ``reference``, by default the policy that came in. The log has a row a step: ``reward, reward_std,
+    gold``; ``spread, gold_spread``, their standard deviation within a prompt of several rollouts; ``kl, kl_k3`` (nats a
+    response), ``length, eos_rate, perplexity`` under the reference; what :func:`learn` returns; and the seconds of
+    ``sampling`` (with scoring) and ``learning``. A step's random numbers follow from ``seed`` and its number, so a
+    rerun from ``checkpoint`` equals a straight run.
     """
     check_policy(policy, tokenizer, prompts, settings)
     device = training.accelerator().device

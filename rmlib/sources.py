@@ -36,7 +36,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"system": "\n\n", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}  # and how HH marks them
 ONE_SUBSET = "whole set"  # the subset of a set without subsets
 DIFFER = "the two dialogues differ before the last reply"
-CONVARG_FIELDS = ("id", "arg1/text", "arg2/text", "arg1/id", "arg2/id", "debateMetaData/title", "arg1/stance")
+CONVARG_FIELDS = {"pair_id": "id", "response_a": "arg1/text", "response_b": "arg2/text", "id_a": "arg1/id"}
+CONVARG_FIELDS |= {"id_b": "arg2/id", "title": "debateMetaData/title", "stance": "arg1/stance"}
 CONVARG_VOTES = {"a1": 1, "a2": -1, "equal": 0}
 Placed = tuple[str, dict]  # a row after its place: file and number
 
@@ -57,8 +58,8 @@ def _check(good: object, problem: str, error: type[Exception] = BadRow) -> None:
 def sift(rows: Iterable[Placed], path: Path, on_bad_row: str, *tests: Callable[[str, dict], dict]) -> list[dict]:
     """What ``tests`` make of every row, each given its place and what the test before made of it.
 
-    Rows for which one raises :class:`BadRow` are left out and counted (``on_bad_row`` = ``"drop"``), or stop
-    with a :class:`DataError` that names the first of them (``"error"``).
+    Rows for which one raises :class:`BadRow` are left out and counted (``"drop"``), or named in a
+    :class:`DataError` (``"error"``).
     """
     _check(on_bad_row in ("error", "drop"), f"unknown on_bad_row {on_bad_row!r}; choose from error, drop", ValueError)
     kept, bad = [], []
@@ -110,8 +111,7 @@ def read_folder(path: Path, patterns: Sequence[str]) -> Iterator[Placed]:
 def read_rows(path: Path) -> Iterator[Placed]:
     """(place, row) of every row of a JSONL, JSON, CSV or Parquet file, gzipped or not; rows count from 1.
 
-    A row that cannot be read comes as ``{None: reason}``. Raises :class:`DataError` naming a file that cannot be
-    read at all: a folder, empty, truncated, or of another kind.
+    A row that cannot be read comes as ``{None: reason}``; a file that cannot, raises :class:`DataError`.
     """
     known = ", ".join(ENDINGS)
     _check(not path.is_dir(), f"{path} is a folder: name one file ({known})", DataError)
@@ -233,10 +233,10 @@ def preference_rows(
     """Preference rows of Anthropic HH (``"hh"``: file or folder) or of a reader's own file (``"table"``).
 
     A table holds ``chosen, rejected`` and, unless ``prompt_column`` is None, the prompt, as text or as lists of
-    ``{"role", "content"}`` turns; optionally ``pair_id, votes, gold_chosen, gold_rejected, split, subset``. Turns
-    go through the chat template of ``tokenizer``. Rows without split are drawn by prompt: ``validation_share``
-    of the prompts, by ``seed``, for validation. With ``max_length`` (tokens) pairs that are too long for a causal
-    model, or the same after an encoder's cut, are bad rows. Raises :class:`DataError` naming the bad rows.
+    ``{"role", "content"}`` turns, which go through the chat template of ``tokenizer``; optionally ``pair_id, votes,
+    gold_chosen, gold_rejected, split, subset, topic``. Where rows have no split, ``seed`` draws ``validation_share`` of
+    the prompts. Pairs that do not fit, or do not differ, in ``max_length`` tokens are bad rows. Raises
+    :class:`DataError` naming them.
     """
     table_pair = partial(_table_pair, prompt_column=prompt_column, tokenizer=tokenizer)
     pair_of = {"hh": _hh_pair, "pandalm": _pandalm_pair, "table": table_pair}[source]
@@ -398,9 +398,9 @@ def _pandalm_pair(place: str, row: dict) -> dict:
 def convarg_pairs(folder: str | Path, *, n_ood_debates: int, seed: int) -> list[dict]:
     """Pair set of UKPConvArg1 (Habernal and Gurevych 2016) from its published XML, one row a pair.
 
-    The prompt is debate and stance; ``n_ood_debates`` whole debates, both stances of each, are drawn for
-    split ``ood``, the others are ``train``. Pairs of identical texts are left out and counted. Raises
-    ``FileNotFoundError`` for a folder without XML, and :class:`DataError` naming the file and pair that is bad.
+    The prompt is debate and stance; ``seed`` draws ``n_ood_debates`` whole debates for split ``ood``, the others are
+    ``train``. Identical texts are left out and counted. Raises ``FileNotFoundError`` for a folder without XML, and
+    :class:`DataError` naming the file and pair that is bad.
     """
     paths = sorted(Path(folder).glob("*.xml"))
     _check(paths, f"no UKPConvArg1 XML in {folder}; get it as docs/your_own_data.md says", FileNotFoundError)
@@ -422,18 +422,16 @@ def _convarg_file(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: not readable as XML ({error})") from None
     ids: set[str] = set()
     for n, pair in enumerate(pairs):
-        get = {field: (pair.findtext(field) or "").strip() for field in CONVARG_FIELDS}
+        row = {name: (pair.findtext(field) or "").strip() for name, field in CONVARG_FIELDS.items()}
         votes = [vote.findtext("value") for vote in pair.iter("mTurkAssignment")]
-        wrong = [f"missing {field}" for field, text in get.items() if not text]
+        wrong = [f"missing {CONVARG_FIELDS[name]}" for name, text in row.items() if not text]
         wrong += [f"votes {votes}"] * (not votes or not set(votes) <= set(CONVARG_VOTES))
-        wrong += ["duplicated id"] * (get["id"] in ids)
+        wrong += ["duplicated id"] * (row["pair_id"] in ids)
         _check(not wrong, f"{path}: pair {n} ({pair.findtext('id')}): {', '.join(wrong)}", DataError)
-        ids.add(get["id"])
-        row = {"pair_id": get["id"], "id_a": get["arg1/id"], "id_b": get["arg2/id"]}
-        row = {name: f"{path.stem}/{given}" for name, given in row.items()}
-        row |= {"response_a": get["arg1/text"], "response_b": get["arg2/text"]}
-        row |= {"prompt": f"{get['debateMetaData/title']} | {get['arg1/stance']}", "prompt_id": path.stem}
-        row |= {"subset": path.stem.split("_")[0].strip("-"), "topic": path.stem}
+        ids.add(row["pair_id"])
+        row |= {name: f"{path.stem}/{row[name]}" for name in ("pair_id", "id_a", "id_b")}
+        row |= {"prompt": f"{row.pop('title')} | {row.pop('stance')}", "prompt_id": path.stem, "topic": path.stem}
+        row["subset"] = path.stem.split("_")[0].strip("-")
         yield row | {"ballots": [CONVARG_VOTES[vote] for vote in votes]}
 
 

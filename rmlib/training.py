@@ -331,6 +331,8 @@ def train_reward_model(run: RewardRun, folder: Path, checkpoint: Path | None = N
         if run.contrast:
             del model.contraster
         models.save_reward_model(model, folder / "model")
+        if not models.is_features(run.base):  # so that the checkpoint stands alone
+            models.load_tokenizer(run.base).save_pretrained(folder / "model")
 
 
 def _new_model(run: RewardRun) -> nn.Module:

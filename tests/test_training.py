@@ -5,17 +5,20 @@ import functools
 import json
 import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,7 +26,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rmlib import contrastive, data, denoising, models, runs, training
+from rmlib import contrastive, data, denoising, metarm, models, runs, training
 from rmlib.training import Optimisation
 
 # ---------------------------------------------------------------- schedules
@@ -164,6 +167,110 @@ def test_weights_that_need_no_gradient_stay_as_they_are():
     toy_fit(model)
     assert torch.equal(model.hidden.weight, before)
     assert not torch.equal(model.score.weight, toy_model().score.weight)
+
+
+def test_without_a_look_ahead_the_loop_is_the_plain_one_bit_for_bit():
+    model, record = toy_model(), {"log": []}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0, fused=True)
+    for step, rows in enumerate(BATCHES):
+        optimiser.param_groups[0]["lr"] = 1.0e-2 * training.linear(step, 20, 2)
+        optimiser.zero_grad()
+        loss = toy_loss(model, toy_batch(rows))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        record["log"].append({"step": step + 1, "loss": loss.item()})
+    ours, log = log_of(toy_model())
+    assert torch.equal(ours, weights(model))
+    assert log == record["log"]
+
+
+# ---------------------------------------------------------------- the loop, in several processes
+
+
+SHARED: dict[str, dict] = {
+    "even": {},
+    "odd": {"batches": [rows[:7] for rows in BATCHES]},
+    "a last batch of one": {"batches": [*BATCHES[:9], BATCHES[9][:1]]},
+    "ahead": {"ahead": 8},
+    "ahead, odd": {"ahead": 5, "batches": [rows[:3] for rows in BATCHES]},
+    "ahead, a last batch of one": {"ahead": 2, "batches": [*BATCHES[:9], BATCHES[9][:1]]},
+}
+
+
+def toy_ahead(folder: Path, batch_size: int):
+    """The look-ahead of the toy, to nine prompts with four responses each."""
+    models.save_features(INPUTS, [str(i) for i in range(N)], folder / "toy.safetensors")
+    table = pd.DataFrame(
+        {"prompt": [f"prompt {i // 4}" for i in range(36)], "response_id": [str(i) for i in range(36)]}
+    )
+    table.to_parquet(folder / "toy.parquet")
+    meta_set = metarm.MetaSet(folder / "toy.parquet", folder / "toy.safetensors", 64)
+    return metarm.look_ahead(metarm.Meta(folder / "toy.parquet", 0.05, batch_size=batch_size), meta_set, 3)
+
+
+def toy_shared(folder: Path, ahead: int | None = None, **kwargs) -> tuple[Tensor, list[dict]]:
+    """Weights and log of the toy, which do not depend on how many processes train it."""
+    folder.mkdir(exist_ok=True)
+    return log_of(toy_model(), **kwargs, **({"ahead": toy_ahead(folder, ahead)} if ahead else {}))
+
+
+def train_as_one_of(rank: int, n: int, port: int, folder: Path) -> None:
+    """What one of ``n`` processes is left with after every case, in a file of its own."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {
+        "ACCELERATE_USE_CPU": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    mine = folder / f"of-{rank}"
+    left = {name: toy_shared(mine, **case) for name, case in SHARED.items()}
+    assert training.accelerator().num_processes == n
+    kept = {"checkpoint": folder / "state.pt", "checkpoint_seconds": 0}
+    with pytest.raises(Interrupted):
+        toy_shared(mine, ahead=5, after_step=interrupt_at(13), **kept)
+    torch.distributed.barrier()
+    steps = []
+    left["resumed"] = toy_shared(mine, ahead=5, after_step=lambda row: steps.append(row["step"]), **kept)
+    assert steps == list(range(13, 21))
+    with pytest.raises(ValueError, match="1 prompts a step cannot be shared by 2 processes"):
+        toy_shared(mine, ahead=1)
+    torch.save(left, folder / f"left-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> list[dict]:
+    """What each of two processes is left with; they start once for all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(train_as_one_of, (2, port, folder), nprocs=2)
+    return [torch.load(folder / f"left-{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", [*SHARED, "resumed"])
+def test_one_process_and_two_train_the_same_model_and_log_the_same_losses(of_two, tmp_path, name):
+    alone, log = toy_shared(tmp_path, **SHARED.get(name, {"ahead": 5}))
+    (first, first_log), (second, second_log) = (left[name] for left in of_two)
+    assert torch.equal(first, second)
+    assert first_log == second_log
+    torch.testing.assert_close(first, alone, rtol=0, atol=1e-6)
+    assert [row.keys() for row in first_log] == [row.keys() for row in log]
+    for row, other in zip(first_log, log, strict=True):
+        assert row == pytest.approx(other, abs=1e-6)
+
+
+def test_a_mean_of_the_means_of_two_uneven_parts_would_train_another_model(of_two):
+    def mean_of_means(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        parts = [toy_loss(model, {"features": batch["features"][k::2]}) for k in (0, 1)]
+        return sum(parts) / 2
+
+    other = toy_fit(toy_model(), loss_fn=mean_of_means, **SHARED["odd"])
+    assert (weights(other) - of_two[0]["odd"][0]).abs().max() > 1e-3
+    halves = toy_fit(toy_model(), loss_fn=mean_of_means)  # of even parts it is the mean of all
+    torch.testing.assert_close(weights(halves), of_two[0]["even"][0], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -1278,3 +1385,115 @@ def test_a_forecast_counts_both_views_and_a_key_follows_the_contrast(pairs, feat
     assert counted(said) == (1, 7, 2 * 7 * 8, 48)
     contrasts = [None, contrastive.Contrast("none"), SIMCSE, QUEUED, replace(QUEUED, queue_size=25)]
     assert len({runs.content_key(contrasted(pairs, features, contrast)) for contrast in contrasts}) == len(contrasts)
+
+
+# ---------------------------------------------------------------- a look ahead
+
+
+def looking(folder: Path, eta: float = 0.05, ascent: str = "normalised", batch_size: int = 5) -> metarm.Meta:
+    """A look-ahead to four responses for each of twelve prompts."""
+    folder.mkdir(exist_ok=True)
+    tiny.responses(12).to_parquet(folder / "meta.parquet")
+    return metarm.Meta(folder / "meta.parquet", eta, ascent, batch_size)
+
+
+def seen_ahead(run: training.RewardRun, sign: float = 1.0) -> list[dict]:
+    """The log of ``run`` at a standstill, from its formulas; ``sign`` -1 would look the other way."""
+    meta_set = metarm.MetaSet(run.meta.responses, run.base, run.max_length)
+    start = models.reward_model(run.base, head_seed=run.head_seed).train()
+    pairs, log = training.tokenized(run.preferences, run.base, run.max_length), []
+    for step, rows in enumerate(training.run_batches(run, pairs.lengths)):
+        drawn = np.random.default_rng([run.data_seed, step]).permutation(12)[: run.meta.batch_size]
+        said = meta_set.rewards(start, drawn)
+        gaps = torch.stack([(said[:, i] - said[:, j]).abs() for i, j in combinations(range(4), 2)])
+        j = 2 / 16 * gaps.sigmoid().sum(0).mean()
+        uphill = torch.autograd.grad(j, list(start.parameters()))
+        size = torch.cat([g.flatten() for g in uphill]).square().mean().sqrt()
+        there = models.reward_model(run.base, head_seed=run.head_seed)
+        with torch.no_grad():
+            for weight, g in zip(there.parameters(), uphill, strict=True):
+                weight += sign * run.meta.eta * (g / size if run.meta.ascent == "normalised" else g)
+        loss = softplus(-differences(run, rows, there)).mean()
+        log.append({"loss": loss, "difference_loss": j.item(), "spread": said.std(dim=1).mean().item()})
+    return log
+
+
+@pytest.mark.parametrize(("ascent", "eta"), [("normalised", 0.05), ("gradient", 2.0)])
+@pytest.mark.parametrize("base", ["llama", "features"])
+def test_the_log_of_a_look_ahead_is_the_loss_there_and_what_it_saw_from_here(
+    train, pairs, request, tmp_path, base, ascent, eta
+):
+    base, how = request.getfixturevalue(base), {"optimisation": STANDSTILL, "data_seed": 3}
+    run = tiny.reward_run(pairs, base, meta=looking(tmp_path / "meta", eta, ascent), **how)
+    log = train(base, meta=run.meta, **how)[1]
+    assert list(log.columns) == ["step", "loss", "difference_loss", "spread"]
+    by_hand = pd.DataFrame(seen_ahead(run))
+    for name in by_hand:
+        assert log[name].tolist() == pytest.approx(by_hand[name].tolist(), abs=1e-5)
+    plain = train(base, **how)[1]
+    assert list(plain.columns) == ["step", "loss"]
+    other_way = pd.DataFrame(seen_ahead(run, sign=-1.0))
+    for wrong in (plain, other_way):
+        assert np.abs(log["loss"] - wrong["loss"]).max() > 1e-4
+    assert log["difference_loss"].nunique() > 1  # every step sees other prompts
+
+
+@pytest.mark.parametrize("base", ["llama", "features"])
+def test_a_tiny_eta_is_hardly_a_look_ahead_and_a_large_one_is(train, request, tmp_path, base):
+    run = functools.partial(train, request.getfixturevalue(base), epochs=2)
+    plain = rewards(run()[0])
+    near, far = (rewards(run(meta=looking(tmp_path / "meta", eta))[0]) - plain for eta in (1e-6, 0.3))
+    assert np.abs(far).max() > 0.1
+    assert np.abs(near).mean() < 0.02 * np.abs(far).mean()
+
+
+def test_a_run_that_does_not_look_ahead_asks_nothing_of_it(train, features, monkeypatch):
+    expected = train(features, epochs=2)
+    monkeypatch.setattr(metarm, "look_ahead", None)
+    monkeypatch.setattr(metarm, "MetaSet", None)
+    for ours, plain in zip(train(features, epochs=2), expected, strict=True):
+        pd.testing.assert_frame_equal(ours, plain)
+
+
+@pytest.mark.parametrize("base", ["llama", "features", "speaker with imitation", "features with a queue"])
+@pytest.mark.parametrize(("step", "when"), [(1, "after"), (7, "before")])
+def test_a_killed_run_that_looks_ahead_resumed_leaves_the_tables_of_a_straight_one(
+    tmp_path, pairs, request, killed, base, step, when
+):
+    base, _, extra = base.partition(" ")
+    changes = EVERYTHING | {"with imitation": {"lm_coef": 0.1}, "with a queue": {"contrast": QUEUED}, "": {}}[extra]
+    run = tiny.reward_run(pairs, request.getfixturevalue(base), meta=looking(tmp_path / "meta"), **changes)
+    training.train_reward_model(run, tmp_path / "straight")
+    killed(run, tmp_path, step, when)
+    first = step + (when == "after")
+    assert tiny.save_every_step(run, tmp_path, tmp_path / "state.pt") == list(range(first, 13))
+    assert tables(tmp_path) == tables(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("base", ["llama", "features"])
+def test_in_half_precision_the_loss_is_computed_where_the_step_looks(half_precision, train, request, tmp_path, base):
+    """Autocast keeps casts of the weights: those from before the step on J would give the plain loss."""
+    base, still = request.getfixturevalue(base), {"optimisation": STANDSTILL}
+    run = tiny.reward_run("", base, meta=looking(tmp_path / "meta", 0.03), **still)
+    log, plain = train(base, meta=run.meta, **still)[1], train(base, **still)[1]
+    exact = pd.DataFrame(seen_ahead(replace(run, preferences=tiny.save_preferences(tmp_path / "pairs.parquet"))))
+    assert np.abs(exact["loss"] - plain["loss"]).mean() > 0.1
+    assert np.abs(log["loss"] - exact["loss"]).mean() < 0.03
+    assert log["difference_loss"].tolist() != exact["difference_loss"].tolist()
+
+
+def test_a_meta_set_that_does_not_fit_is_told_before_training(train, features, tmp_path):
+    meta = looking(tmp_path / "meta")
+    tiny.responses(12).assign(response_id="nobody").to_parquet(meta.responses)
+    with pytest.raises(ValueError, match=r"meta\.parquet: no features of response 'nobody'"):
+        train(features, meta=meta)
+
+
+def test_a_key_follows_the_look_ahead_and_the_responses_it_is_to(pairs, features, tmp_path):
+    metas = [looking(tmp_path / "a"), looking(tmp_path / "a", 0.06), looking(tmp_path / "a", ascent="gradient")]
+    metas += [looking(tmp_path / "a", batch_size=6), looking(tmp_path / "b")]
+    tiny.responses(11).to_parquet(metas[-1].responses)
+    keys = [runs.content_key(tiny.reward_run(pairs, features, meta=meta)) for meta in [None, *metas]]
+    assert len(set(keys)) == 6
+    tiny.responses(12).to_parquet(metas[-1].responses)  # the same content in another place
+    assert runs.content_key(tiny.reward_run(pairs, features, meta=metas[-1])) == keys[1]

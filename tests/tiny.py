@@ -140,6 +140,16 @@ def save_preferences(path: Path, n: int = 48) -> Path:
     return path
 
 
+def responses(n: int, k: int = 4) -> pd.DataFrame:
+    """A meta set: ``k`` texts of ``preferences(48)`` for each of its first ``n`` prompts, with their ids."""
+    rows = preferences()
+    said = [(rows[f"{side}"][i], rows[f"{side}_id"][i]) for i in range(48) for side in ("chosen", "rejected")]
+    asked = [rows["prompt"][i] for i in range(n) for _ in range(k)]
+    return pd.DataFrame([(prompt, *text) for prompt, text in zip(asked, said, strict=False)]).set_axis(
+        ["prompt", "response", "response_id"], axis=1
+    )
+
+
 def save_features(path: Path, n: int = 48) -> Path:
     """Cached features of the responses of ``preferences(n)``; the first one tells chosen from rejected."""
     rows = preferences(n)
