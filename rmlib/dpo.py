@@ -53,7 +53,8 @@ def train_dpo_run(run: DPORun, folder: Path, checkpoint: Path | None = None) -> 
     said = data.response_ids([*pairs["chosen"], *pairs["rejected"]], tokenizer)
     texts = data.Responses(prompts + prompts, said, tokenizer.pad_token_id)
     reference = models.load_language_model(run.reference).to(training.accelerator().device)
-    known = ppo.of_all(lambda *given: response_logprobs(*given)[:, None], reference, texts, (2 * n, 1), 64)[:, 0]
+    with training.accelerator().autocast():
+        known = ppo.of_all(lambda *given: response_logprobs(*given)[:, None], reference, texts, (2 * n, 1), 64)[:, 0]
 
     def collate(rows: np.ndarray) -> dict[str, Tensor]:
         both = np.concatenate([rows, rows + n])

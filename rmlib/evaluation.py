@@ -87,6 +87,8 @@ def spread(rewards: np.ndarray) -> dict[str, float]:
     ``raw``: mean absolute difference of two; ``scale-free``: the same over the standard deviation of all rewards, which
     no scaling of the head changes.
     """
+    if not len(rewards):
+        return {"raw": float("nan"), "scale-free": float("nan")}
     first, second = np.triu_indices(rewards.shape[1], 1)
     raw = float(np.abs(rewards[:, first] - rewards[:, second]).mean())
     return {"raw": raw, "scale-free": raw / max(float(rewards.std()), 1e-12)}

@@ -30,12 +30,13 @@ class Meta:
     ``responses`` (Parquet) has rows ``prompt, response``, or ``prompt, response_id`` where features are cached; each
     prompt as often, those of ``batch_size`` prompts a step. ``ascent``: ``"gradient"`` as Eq 11 is written;
     ``"normalised"`` scales the gradient to a root mean square of 1, so that ``eta`` is how far a weight moves, as the
-    learning rate is in AdamW. Raises ``ValueError`` naming a field that is out of range.
+    learning rate is in AdamW; ``"random"``, a control, goes as far in a direction
+    drawn at random. Raises ``ValueError`` naming a field that is out of range.
     """
 
     responses: Path
     eta: Positive
-    ascent: Literal["gradient", "normalised"] = "normalised"
+    ascent: Literal["gradient", "normalised", "random"] = "normalised"
     batch_size: Count = 16
 
 
@@ -61,7 +62,7 @@ def ascended(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], me
     """Within, ``parameters`` stand one step up along ``gradients``; after it, bit for bit where they stood."""
     here = [parameter.detach().clone() for parameter in parameters]
     scale = meta.eta
-    if meta.ascent == "normalised":
+    if meta.ascent != "gradient":
         count = sum(gradient.numel() for gradient in gradients)
         length = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt().item()
         scale *= count**0.5 / max(length, 1e-30)
@@ -145,6 +146,9 @@ def look_ahead(meta: Meta, meta_set: MetaSet, seed: int):
         objective, spread = share * difference_loss(rewards), share * rewards.detach().std(dim=1).mean()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(objective, parameters, materialize_grads=True)
+        if meta.ascent == "random":
+            chance = torch.Generator().manual_seed(step)
+            found = [torch.randn(each.shape, generator=chance).to(each.device) for each in found]
         average = partial(machine.reduce, reduction="mean")
         with ascended(parameters, average(list(found)), meta):
             yield {"difference_loss": average(objective.detach()).item(), "spread": average(spread).item()}

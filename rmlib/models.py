@@ -14,50 +14,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.utils import logging
 
 from rmlib import runs
 
-logging.set_verbosity_error()  # a new head is what a reward model is made of, not a warning
-logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # a new head is what a reward model is made of, not a warning
+transformers.logging.disable_progress_bar()
 
 SPECIAL = ("<pad>", "<bos>", "<sep>", "<eos>", "<unk>")
 
 
-def word_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocabulary: list[str]) -> transformers.PreTrainedTokenizerFast:
     """A standard fast tokenizer with one token a word, for the miniature world."""
     ids = {token: i for i, token in enumerate([*SPECIAL, *vocabulary])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
     names = {f"{token.strip('<>')}_token": token for token in SPECIAL}
-    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **names)
 
 
-def small_llama(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, layers: int, heads: int, max_length: int, seed: int
-) -> LlamaForCausalLM:
+def small_llama(tokenizer, *, hidden_size: int, layers: int, heads: int, max_length: int, seed: int) -> nn.Module:
     """A fresh Llama for the miniature world; ``seed`` fixes its weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -67,7 +54,7 @@ def small_llama(
         tie_word_embeddings=True,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def source_folder(name: str | Path) -> str:
@@ -128,13 +115,14 @@ def _not_finite(model: nn.Module) -> list[str]:
     return [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str | Path, revision: str | None = None) -> transformers.PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint (folder, package or hub name); it pads with its end token if it must.
 
     Raises ``ValueError`` for a tokenizer that can neither pad nor end a text.
     """
     with _naming(name):
-        tokenizer = AutoTokenizer.from_pretrained(source_folder(name), revision=revision, trust_remote_code=False)
+        folder, settings = source_folder(name), {"revision": revision, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"{name}: the tokenizer has neither a padding nor an end token")
@@ -154,7 +142,7 @@ def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> n
         return FrozenRewardModel(load_features(base)[0].shape[1], dropout=dropout)
     folder = source_folder(base)
     with _naming(base):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if "SequenceClassification" in str(config.architectures) and config.num_labels != 1:
         raise ValueError(f"{base}: a reward model has one label, this one has {config.num_labels}")
     config.num_labels = 1
@@ -162,7 +150,7 @@ def reward_model(base: str | Path, *, head_seed: int, dropout: float = 0.0) -> n
         raise ValueError(f"{base}: a {config.model_type} has no attention_dropout to set")
     if dropout:
         config.attention_dropout = dropout
-    model, missing = _from_checkpoint(AutoModelForSequenceClassification, base, config=config)
+    model, missing = _from_checkpoint(transformers.AutoModelForSequenceClassification, base, config=config)
     _refuse(base, "weights are missing", (key for key in missing if key.startswith(f"{model.base_model_prefix}.")))
     return model
 
@@ -179,13 +167,14 @@ def load_reward_model(folder: str | Path) -> nn.Module:
             state = load_file(head)
             if state["hidden.weight"].ndim != 2:
                 raise ValueError("hidden.weight is no matrix")
-            model = FrozenRewardModel(state["hidden.weight"].shape[1])
+            width, n_features = state["hidden.weight"].shape
+            model = FrozenRewardModel(n_features, hidden_size=width)
             model.load_state_dict(state)
         _refuse(folder, "weights that are not finite", _not_finite(model))
         return model.eval()
     if not list(Path(folder).glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no weights in safetensors format (pickled ones are not read)")
-    model, missing = _from_checkpoint(AutoModelForSequenceClassification, folder)
+    model, missing = _from_checkpoint(transformers.AutoModelForSequenceClassification, folder)
     _refuse(folder, "no reward model, weights are missing", missing)
     if model.config.num_labels != 1:
         raise ValueError(f"{folder}: a reward model has one label, this one has {model.config.num_labels}")
@@ -204,11 +193,11 @@ def save_reward_model(model: nn.Module, folder: str | Path) -> None:
 class FrozenRewardModel(nn.Module):
     """A small head, trained with dropout, on cached features: rewards of a frozen encoder, in milliseconds."""
 
-    def __init__(self, n_features: int, *, dropout: float = 0.0):
+    def __init__(self, n_features: int, *, hidden_size: int = 128, dropout: float = 0.0):
         super().__init__()
-        self.hidden = nn.Linear(n_features, 128)
+        self.hidden = nn.Linear(n_features, hidden_size)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(128, 1, bias=False)
+        self.score = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """What the head's last layer reads, shape (batch, hidden), of features, shape (batch, n_features)."""
@@ -234,7 +223,7 @@ def states_at(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a causal LM that scales or caps its logits: what we train would not be what it samples."""
+    """Raise ``ValueError`` for a causal LM that scales or caps its logits: it would not sample from what we train."""
     training, at = model.training, torch.arange(4, device=model.device)
     model.eval()
     batch = {"input_ids": at[None], "position_ids": at[None], "at": at[None]}
@@ -318,8 +307,8 @@ def generate(
     left = {"batch_first": True, "padding_side": "left"}
     ids = pad_sequence(texts, padding_value=pad_id, **left).to(model.device)
     mask = pad_sequence([torch.ones_like(text) for text in texts], **left).to(model.device)
-    plain = {"max_new_tokens": max_new_tokens, "do_sample": True, "top_k": 0}
-    model.generation_config = GenerationConfig(**plain, eos_token_id=eos_id, pad_token_id=pad_id)  # not its own
+    plain = {"do_sample": True, "top_k": 0, "eos_token_id": eos_id, "pad_token_id": pad_id}  # not the model's own
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, **plain)
     sampled = model.generate(ids, attention_mask=mask, **sampling)[:, ids.shape[1] :].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in sampled]
 
@@ -335,13 +324,13 @@ def encode(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
 ) -> Tensor:
-    """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden), mean square 1 each.
+    """Mean-pooled features of (prompt, response) texts from a frozen encoder, shape (texts, hidden), of mean square 1.
 
     With ``checkpoint`` a rerun goes on where a killed one was at most ``checkpoint_seconds`` ago.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(name, revision)
-    model = _from_checkpoint(AutoModel, name, revision=revision)[0].eval().to(device)
+    model = _from_checkpoint(transformers.AutoModel, name, revision=revision)[0].eval().to(device)
     if max_length > (places := getattr(model.config, "max_position_embeddings", max_length)):
         raise ValueError(f"{name}: it reads {places} tokens, fewer than max_length {max_length}")
     padded = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
@@ -402,6 +391,6 @@ def load_language_model(name: str | Path, revision: str | None = None) -> nn.Mod
 
     Raises ``ValueError`` naming it for weights that are broken, not finite, or missing.
     """
-    model, missing = _from_checkpoint(AutoModelForCausalLM, name, revision=revision)
+    model, missing = _from_checkpoint(transformers.AutoModelForCausalLM, name, revision=revision)
     _refuse(name, "no causal language model, weights are missing", missing)
     return model.eval()

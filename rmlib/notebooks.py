@@ -14,8 +14,8 @@ import nbformat
 from PIL import Image
 
 from rmlib import params
+from rmlib.runs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent  # not from runs: a check must not wait for PyTorch
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -53,20 +53,15 @@ def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return output
 
 
-def refresh(notebook: Path) -> None:
-    """Run ``notebook`` with its own parameters and keep its clean outputs in place."""
-    import papermill
-
-    executed = papermill.execute_notebook(notebook, None, kernel_name="python3", progress_bar=False)
-    nbformat.write(clean(executed), notebook)
-
-
 def main(command: str, stem: str = "", file: str = "") -> None:
     """``refresh`` all notebooks, or ``check`` a chapter's parameter file before a kernel starts."""
     if command == "refresh":
+        import papermill
+
         for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
             print(path.name, file=sys.stderr, flush=True)
-            refresh(path)
+            executed = papermill.execute_notebook(path, None, kernel_name="python3", progress_bar=False)
+            nbformat.write(clean(executed), path)
     elif command == "check":
         given = params.read_yaml(stem, Path(file), parameters_cell(ROOT / "notebooks" / f"{stem}.ipynb"))
         if given.preset != (place := Path(file).resolve().parent.name):  # it would write where another preset does

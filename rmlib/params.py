@@ -30,7 +30,18 @@ Shares = Annotated[list[Share], Field(min_length=1)]
 OnBadRow = Literal["error", "drop"]
 Schedule = Literal["linear", "inverse_sqrt", "constant"]
 IPYTHON_NAMES = re.compile(r"In|Out|__.*|_(i{0,3}|i?\d+|[iod]h|exit_code)")
-PolicyArm = Literal["vanilla", "MetaRM", "fresh labels", "DPO", "more compute", "averaged weights", "committee"]
+PolicyArm = Literal[
+    "vanilla",
+    "MetaRM",
+    "MetaRM, plain gradient",
+    "fresh labels",
+    "DPO",
+    "more compute",
+    "averaged weights",
+    "committee",
+    "vanilla, held out",
+    "MetaRM, held out",
+]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -130,6 +141,12 @@ def _check_answers(p: BaseModel) -> BaseModel:
             f"answers_each = {p.answers_each} exceeds sft_answers = {p.sft_answers}, to which they are compared"
         )
     return p
+
+
+def _check_rounds(p: BaseModel) -> BaseModel:
+    if lacking := {"vanilla", "MetaRM"} - set(p.arms):
+        raise ValueError(f"arms lack {', '.join(sorted(lacking))}, which all others are compared to")
+    return _check_answers(p)
 
 
 def _chapter(types: Mapping[object, str], base: type[Plain] = Seeded, fits: Callable = lambda p: p) -> type[Plain]:
@@ -270,7 +287,7 @@ CHAPTERS: dict[str, type[Plain]] = {
             Count: "reward_batch_size max_length meta_batch_size n_meta_prompts dpo_batch_size",
         },
         base=Policies,
-        fits=_check_answers,
+        fits=_check_rounds,
     ),
 }
 

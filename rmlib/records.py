@@ -114,9 +114,8 @@ class Run:
 
         seals = [_read(folder / runs.SEAL) for folder in self.made_of]
         gpu = torch.cuda.is_available()
-        given = {"id": self.id, "stem": self.stem, "preset": self.preset, "parameters": self.parameters}
         return {
-            **given,
+            **{name: getattr(self, name) for name in ("id", "stem", "preset", "parameters")},
             "seeds": self.parameters.get("seeds", []),
             **self.notes,
             "commit": _commit(),
@@ -163,16 +162,8 @@ def _problem(record: Path) -> str:
     if missing := [path.name for path in files if not path.exists()]:
         return f"missing: {', '.join(missing)}"
     broken = [name for name, (path, digest) in outputs.items() if runs.fingerprint(path) != digest]
-    broken += _changed(published)
+    broken += runs.broken(published, "run.json", "sha256")
     return f"changed since it was written: {', '.join(broken)}" if broken else ""
-
-
-def _changed(published: Path) -> list[str]:
-    """Files of published evidence that are no longer what the run left that published them."""
-    try:
-        return runs.changed(published, _read(published / "run.json").get("sha256", {}))
-    except (OSError, ValueError, AttributeError) as error:
-        return [str(error)]
 
 
 def _read(path: Path) -> dict:
@@ -203,6 +194,6 @@ def _same_evidence(new: Path, old: Path) -> bool:
         return files, _read(folder / "run.json")["parameters"]
 
     try:
-        return not _changed(old) and contents(new) == contents(old)
+        return not runs.broken(old, "run.json", "sha256") and contents(new) == contents(old)
     except (OSError, ValueError, KeyError):
         return False

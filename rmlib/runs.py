@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -40,8 +40,8 @@ def data_folder() -> Path:
 def content_key(*parts: object, code: Sequence[str] = ()) -> str:
     """Hash of ``parts``, of the modules of rmlib named in ``code``, and of versions and kind of device.
 
-    Paths stand for the bytes of their file (or of all files in their folder) wherever it lies, arrays for
-    their values; comments and docstrings of the code do not count.
+    Paths stand for the bytes of their files wherever they lie, arrays for their values; comments and docstrings of the
+    code do not count.
     """
     import torch  # here, so that the Snakefile, which reads this module, starts without it
 
@@ -55,9 +55,13 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(_content_of(path)).hexdigest()
 
 
-def changed(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """Names below ``folder`` that are gone, or whose :func:`fingerprint` is not the one in ``digests``."""
-    return [name for name, old in digests.items() if not (folder / name).exists() or fingerprint(folder / name) != old]
+def broken(folder: Path, seal: str, key: str) -> list[str]:
+    """Files of ``folder`` that are not what its JSON file ``seal`` says under ``key``, or what is wrong with that."""
+    try:
+        noted = json.loads((folder / seal).read_text(encoding="utf-8"))[key].items()
+        return [name for name, old in noted if not (folder / name).exists() or fingerprint(folder / name) != old]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{seal}: {error}"]
 
 
 def _bytes_of(part: object) -> bytes:
@@ -159,13 +163,9 @@ def is_whole(folder: Path) -> bool:
     """Whether a unit's folder holds the very files it was sealed with; says which one is broken."""
     if not folder.exists():
         return False
-    try:
-        broken = changed(folder, json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        broken = [f"{SEAL}: {error}"]
-    if broken:
-        print(f"{folder.name} is broken ({', '.join(broken)}) and will be made again", file=sys.stderr, flush=True)
-    return not broken
+    if damage := broken(folder, SEAL, "files"):
+        print(f"{folder.name} is broken ({', '.join(damage)}) and will be made again", file=sys.stderr, flush=True)
+    return not damage
 
 
 def run_units(

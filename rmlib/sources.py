@@ -104,8 +104,7 @@ def read_folder(path: Path, patterns: Sequence[str]) -> Iterator[Placed]:
     """``folder/place`` and row of a file, or of all files below a folder whose names fit; see :func:`read_rows`."""
     files = [path] if path.is_file() else sorted(file for pattern in patterns for file in path.rglob(pattern))
     _check(files, f"{path}: no file named {' or '.join(patterns)} in this folder or below", DataError)
-    for file in files:
-        yield from ((f"{file.parent.name}/{place}", row) for place, row in read_rows(file))
+    yield from ((f"{file.parent.name}/{place}", row) for file in files for place, row in read_rows(file))
 
 
 def read_rows(path: Path) -> Iterator[Placed]:
@@ -189,13 +188,18 @@ def _number(row: Mapping, name: str) -> float:
     return value
 
 
-def _votes(given: object, choices: Sequence[int] = (1, 0, -1), wanted: str = "+1 (for the label), 0 and -1") -> list:
-    votes = given
-    if isinstance(given, str):  # CSV has no lists
-        votes = [{"1": 1, "+1": 1, "0": 0, "-1": -1}.get(vote.strip()) for vote in given.strip("[] ").split(",")]
-    good = isinstance(votes, list) and votes and all(type(vote) is int and vote in choices for vote in votes)
-    _check(good, f"bad votes: {given!r:.60}: a list of {wanted}")
+def _votes(row: Mapping, name: str) -> list[int]:
+    votes = row[name]
+    if isinstance(votes, str):  # CSV has no lists
+        votes = [{"1": 1, "+1": 1, "0": 0, "-1": -1}.get(vote.strip()) for vote in votes.strip("[] ").split(",")]
+    good = isinstance(votes, list) and votes and all(type(vote) is int and vote in (1, 0, -1) for vote in votes)
+    _check(good, f"bad votes: {row[name]!r:.60}: a list of +1 (for the label), 0 and -1")
     return votes
+
+
+def _split(row: Mapping, name: str) -> str:
+    _check(row[name] in SPLITS, f"unknown split: {row[name]!r}; choose from {', '.join(SPLITS)}")
+    return row[name]
 
 
 def _scores(row: Mapping, name: str) -> list[float]:
@@ -272,18 +276,11 @@ def _table_pair(place: str, row: dict, prompt_column: str | None, tokenizer) -> 
         pair = _conversation(prompt, *sides, tokenizer)
     subset = str(row.get("subset") or ONE_SUBSET)
     _check(subset != "all", "reserved name: subset 'all' stands for all subsets together")
+    both_or_none = ("gold_chosen" in row) == ("gold_rejected" in row)
+    _check(both_or_none, "missing field: gold_chosen and gold_rejected come together")
     pair |= {"subset": subset, "topic": str(row.get("topic") or subset)}
-    if "votes" in row:
-        pair["votes"] = _votes(row["votes"])
-    gold = [name for name in ("gold_chosen", "gold_rejected") if name in row]
-    _check(len(gold) != 1, "missing field: gold_chosen and gold_rejected come together")
-    pair |= {name: _number(row, name) for name in gold}
-    if "split" in row:
-        _check(row["split"] in SPLITS, f"unknown split: {row['split']!r}; choose from {', '.join(SPLITS)}")
-        pair["split"] = row["split"]
-    if "pair_id" in row:
-        pair["pair_id"] = _name(row, "pair_id")
-    return pair
+    optional = {"votes": _votes, "gold_chosen": _number, "gold_rejected": _number, "split": _split, "pair_id": _name}
+    return pair | {name: read(row, name) for name, read in optional.items() if name in row}
 
 
 def _pair(prompt: str | None, chosen: str, rejected: str) -> dict:
@@ -389,7 +386,9 @@ def pandalm_pairs(path: Path, **settings) -> list[dict]:
 
 def _pandalm_pair(place: str, row: dict) -> dict:
     prompt = "\n".join(filter(None, (_field(row, "instruction", str), _field(row, "input", str))))
-    verdicts = _votes([_field(row, f"annotator{n}") for n in (1, 2, 3)], (0, 1, 2), "1, 2 and 0 (a tie)")
+    verdicts = [_field(row, f"annotator{n}") for n in (1, 2, 3)]
+    good = all(type(verdict) is int and verdict in (0, 1, 2) for verdict in verdicts)
+    _check(good, f"bad votes: {verdicts!r:.60}: a list of 1, 2 and 0 (a tie)")
     pair = _pair(prompt, _field(row, "response1", str), _field(row, "response2", str))
     pair |= dict.fromkeys(("subset", "topic"), str(row.get("motivation_app") or ONE_SUBSET))
     return pair | {"pair_id": _name(row, "idx"), "ballots": [(0, 1, -1)[verdict] for verdict in verdicts]}

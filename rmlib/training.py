@@ -97,7 +97,7 @@ def fit(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=optimisation.lr, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, steps, warmup))
-    optimiser, scheduler = machine.prepare(optimiser, scheduler)
+    optimiser = machine.prepare(optimiser)  # not the schedule: it would step once for every process
     state = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
     record = {"log": []} if record is None else record
     resume(checkpoint, state, record)

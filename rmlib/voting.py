@@ -110,9 +110,8 @@ def read_strength(
     table["pair_id"] = table["pair_id"].astype(str)
     if seed is not None and "seed" in table:
         table = table[table["seed"] == seed]
-    for column in ("mean", "std"):
-        if not pd.api.types.is_numeric_dtype(table[column]):
-            raise ValueError(f"{path}: column {column} holds no numbers")
+    if words := [name for name in ("mean", "std") if not pd.api.types.is_numeric_dtype(table[name])]:
+        raise ValueError(f"{path}: column {words[0]} holds no numbers")
     ids, good = table["pair_id"], np.isfinite(table[["mean", "std"]].astype(float)).all(axis=1) & (table["std"] >= 0)
     wrong = {"twice": ids[ids.duplicated()], "missing": sorted(set(pair_ids) - set(ids))}
     for problem, pairs in (wrong | {"with no finite mean and spread": ids[~good]}).items():

@@ -206,6 +206,56 @@ def test_padding_with_the_end_token_changes_no_mask_position_or_end():
         assert torch.equal(ours[name], usual[name])
 
 
+TEXTS = [
+    [[BOS, 10, SEP], [20, 21, EOS], [30, EOS], [40, 41, 42, EOS]],
+    [[BOS, 11, 12, SEP], [EOS], [31, EOS], [22, EOS]],
+]
+
+
+def grouped(k: int, pad_id: int = PAD) -> dict[str, torch.Tensor]:
+    """Both prompts with their first ``k`` responses."""
+    return data.grouped([[np.array(ids) for ids in text[: k + 1]] for text in TEXTS], pad_id)
+
+
+def test_a_group_is_its_prompt_and_its_responses_one_after_another():
+    batch = grouped(3)
+    assert batch["input_ids"].tolist() == [
+        [BOS, 10, SEP, 20, 21, EOS, 30, EOS, 40, 41, 42, EOS],
+        [BOS, 11, 12, SEP, EOS, 31, EOS, 22, EOS, PAD, PAD, PAD],
+    ]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5, 6]
+    assert batch["position_ids"][1, :9].tolist() == [0, 1, 2, 3, 4, 4, 5, 4, 5]
+    assert batch["at"].tolist() == [[5, 7, 11], [4, 6, 8]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_mask_of_a_group_is_causal_and_no_response_sees_another(k):
+    mask = grouped(k)["attention_mask"]
+    for row, text in enumerate(TEXTS):
+        parts = [part for part, ids in enumerate(text[: k + 1]) for _ in ids]
+        for query, own in enumerate(parts):
+            seen = [key <= query and other in (0, own) for key, other in enumerate(parts)]
+            assert mask[row, 0, query, : len(parts)].tolist() == seen
+        assert not mask[row, 0, : len(parts), len(parts) :].any()
+    assert mask.any(-1).all()  # padding sees something too: an empty row of attention would be NaN
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("pad_id", [PAD, EOS])
+def test_exactly_the_first_response_of_a_group_is_imitated(k, pad_id):
+    batch = grouped(k, pad_id)
+    assert [batch["input_ids"][i, batch["imitated"][i]].tolist() for i in (0, 1)] == [text[1] for text in TEXTS]
+
+
+def test_a_group_of_two_is_a_pair():
+    pairs = data.CausalPairs(*([np.array(text[part]) for text in TEXTS] for part in range(3)), PAD)
+    for flip, order in ((False, [0, 1, 2]), (True, [0, 2, 1])):
+        batch = data.grouped([[np.array(text[part]) for part in order] for text in TEXTS], PAD)
+        pair = collate_both(pairs, flipped=(flip, flip))
+        assert batch.keys() == pair.keys()
+        assert all(torch.equal(batch[name], pair[name]) for name in pair)
+
+
 def test_tokenized_pairs_begin_once_and_end_once(tiny_preferences, tokenizer):
     pairs = data.causal_pairs(tiny_preferences, tokenizer, max_length=200)
     for ids in pairs.prompt:

@@ -204,6 +204,64 @@ def test_calibration_error_is_near_zero_if_calibrated_and_large_if_overconfident
     assert evaluation.calibration_error(10 * margins) > 0.15
 
 
+# ---------------------------------------------------------------- committees
+
+MEMBERS = np.array([[0.0, 3.0, 1.0], [1.0, 3.0, 1.0], [5.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "by_hand"),
+    [
+        ("mean", [2, 2, 1]),
+        ("worst", [0, 0, 1]),
+        ("mean - std", [2 - np.sqrt(14 / 3), 2 - np.sqrt(2), 1]),  # of three, not of three less one
+    ],
+)
+def test_what_a_committee_gives_by_value(rule, by_hand):
+    assert evaluation.agreed(MEMBERS, rule) == pytest.approx(by_hand)
+    assert evaluation.agreed(MEMBERS[[2, 0, 1]], rule) == pytest.approx(by_hand)
+    assert evaluation.agreed(MEMBERS[:1], rule) == pytest.approx(MEMBERS[0])
+
+
+def test_an_unknown_rule_raises_and_lists_the_choices():
+    with pytest.raises(ValueError, match="'best'; choose from mean, worst, mean - std"):
+        evaluation.agreed(MEMBERS, "best")
+
+
+# ---------------------------------------------------------------- spread
+
+APART = np.array([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]])
+
+
+def test_the_spread_of_two_prompts_by_hand():
+    """Differences 1, 3, 2 and 0, 0, 0; all six have mean 10/6 and mean square 22/6."""
+    std = np.sqrt(22 / 6 - (10 / 6) ** 2)
+    assert evaluation.spread(APART) == pytest.approx({"raw": 1.0, "scale-free": 1 / std})
+
+
+def test_a_spread_follows_neither_the_order_of_responses_nor_what_all_share():
+    for same in (APART[::-1], APART[:, [2, 0, 1]], APART + 7, -APART):
+        assert evaluation.spread(same) == pytest.approx(evaluation.spread(APART))
+    assert evaluation.spread(APART.T)["raw"] != pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.01, -3.0, 1e4])
+def test_scaling_changes_the_raw_spread_and_not_the_scale_free_one(scale):
+    plain, scaled = evaluation.spread(APART), evaluation.spread(scale * APART - 5)
+    assert scaled["raw"] == pytest.approx(abs(scale) * plain["raw"])
+    assert scaled["scale-free"] == pytest.approx(plain["scale-free"])
+
+
+def test_prompts_that_move_apart_as_a_whole_have_less_of_the_spread_within():
+    moved = evaluation.spread(APART + np.array([[0.0], [10.0]]))
+    assert moved["raw"] == pytest.approx(1.0)
+    assert moved["scale-free"] < 0.3
+
+
+def test_equal_rewards_have_no_spread():
+    assert evaluation.spread(np.full((2, 4), 0.1)) == pytest.approx({"raw": 0, "scale-free": 0})
+
+
 # ---------------------------------------------------------------- resampling
 
 CLUSTER = np.array(["b", "a", "c", "a", "b", "b"])

@@ -336,3 +336,55 @@ def test_lm_loss_with_an_empty_mask_raises(language):
     logits, labels, mask = language
     with pytest.raises(ValueError, match="mask selects no position"):
         losses.lm_loss(logits, labels, torch.zeros_like(mask))
+
+
+# ---------------------------------------------------------------- DPO
+
+OURS = torch.tensor([-1.0, -5.0]), torch.tensor([-2.0, -4.0])
+THEIRS = torch.tensor([-1.5, -4.0]), torch.tensor([-1.0, -4.5])  # log-ratios 0.5, -1 and -1, 0.5
+
+
+def test_dpo_loss_by_hand():
+    gaps = [1.5, -1.5]
+    for beta in (0.1, 2.0):
+        by_hand = -sum(log_sigmoid(beta * gap) for gap in gaps) / 2
+        assert losses.dpo_loss(*OURS, *THEIRS, beta=beta).item() == pytest.approx(by_hand, abs=1e-6)
+    first = [part[:1] for part in (*OURS, *THEIRS)]
+    assert losses.dpo_loss(*first, beta=2.0).item() == pytest.approx(-log_sigmoid(3.0), abs=1e-6)
+    for wrong in (2.0 * 1.0, -3.0, 1.5):  # without the reference, the other way round, without beta
+        assert losses.dpo_loss(*first, beta=2.0).item() != pytest.approx(-log_sigmoid(wrong), abs=1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0, 100.0])
+def test_dpo_of_a_policy_that_is_its_reference_costs_log_2(beta):
+    assert losses.dpo_loss(*OURS, *OURS, beta=beta).item() == pytest.approx(LOG2, abs=1e-7)
+
+
+def test_dpo_is_the_ranking_loss_of_the_policys_own_rewards():
+    own = [0.7 * (ours - theirs) for ours, theirs in zip(OURS, THEIRS, strict=True)]
+    assert losses.dpo_loss(*OURS, *THEIRS, beta=0.7).item() == pytest.approx(
+        losses.pairwise_loss(*own).item(), abs=1e-7
+    )
+    doubled = [2 * part for part in (*OURS, *THEIRS)]
+    twice, scaled = losses.dpo_loss(*OURS, *THEIRS, beta=1.4), losses.dpo_loss(*doubled, beta=0.7)
+    assert twice.item() == pytest.approx(scaled.item(), abs=1e-7)
+
+
+def test_dpo_raises_the_chosen_and_lowers_the_rejected_most_where_it_is_wrong():
+    chosen, rejected = (part.clone().requires_grad_() for part in OURS)
+    losses.dpo_loss(chosen, rejected, *THEIRS, beta=0.5).backward()
+    by_hand = [-0.5 / (1 + math.exp(0.5 * gap)) / 2 for gap in (1.5, -1.5)]
+    assert chosen.grad.tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert rejected.grad.tolist() == pytest.approx([-slope for slope in by_hand], abs=1e-6)
+    assert chosen.grad[1] < chosen.grad[0] < 0
+
+
+def test_dpo_is_finite_for_responses_that_are_far_from_likely():
+    far = torch.tensor([-1e6]), torch.tensor([0.0])
+    assert losses.dpo_loss(*far, *far[::-1], beta=1.0).item() == pytest.approx(2e6)
+    assert losses.dpo_loss(*far[::-1], *far, beta=1.0).item() == 0
+
+
+def test_dpo_refuses_shapes_that_would_broadcast():
+    with pytest.raises(TypeCheckError):
+        losses.dpo_loss(*OURS, THEIRS[0][:1], THEIRS[1], beta=0.1)

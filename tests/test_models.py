@@ -115,6 +115,47 @@ def test_a_swapped_pair_swaps_its_rewards(model):
     assert distance(swapped[:, [0, 2]], straight[:, [0, 2]]) < 1e-5
 
 
+SAID = ["good four five six", "bad seven", "eight", "", "two bad one"]
+ASKED = ["one two three", "four", "six six"]
+
+
+@torch.no_grad()
+def group_scores(model: torch.nn.Module, prompts: list[str], said: list[list[str]], plain: bool = False) -> Tensor:
+    """Rewards of the responses of each prompt in one pass, shape (k, prompts)."""
+    words = tiny.tokenizer()
+    asked, k = data.prompt_ids(prompts, words), len(said[0])
+    texts = [(prompt, *data.response_ids(each, words)) for prompt, each in zip(asked, said, strict=True)]
+    batch = data.grouped(texts, words.pad_token_id)
+    if plain:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"]).tril()
+    return models.rewards(model, batch).unflatten(0, (k, -1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_rewards_of_several_responses_equal_the_models_own_logits_in_separate_passes(model, k):
+    said = [SAID[i:] + SAID[:i] for i in range(3)]
+    together = group_scores(model, ASKED, [each[:k] for each in said])
+    rows = [
+        {"pair_id": "", "prompt": ASKED[i], "chosen": said[i][j], "rejected": ""} for j in range(k) for i in range(3)
+    ]
+    alone = own_scores(model, causal(rows))[0].unflatten(0, (k, 3))
+    assert distance(together, alone) < 1e-5
+    assert alone.std() > 0.03
+
+
+def test_what_one_response_says_changes_the_reward_of_no_other(model):
+    said = [SAID[:4], SAID[1:], SAID[:4]]
+    before = group_scores(model, ASKED, said)
+    for j in range(4):
+        other = [[*each[:j], "three three good eight", *each[j + 1 :]] for each in said]
+        moved = (group_scores(model, ASKED, other) - before).abs().amax(1)
+        assert moved[j] > 1e-3
+        assert moved.sum() - moved[j] < 1e-4
+    first = [["three three three three", *each[1:]] for each in said[:1]]  # as long, so that nothing else moves
+    moved = group_scores(model, ASKED[:1], first, plain=True) - group_scores(model, ASKED[:1], said[:1], plain=True)
+    assert (moved.abs() > 1e-3).all()  # under a plain causal mask
+
+
 def test_junk_in_padding_changes_nothing(model):
     pairs = causal()
     batch = collate(pairs)

@@ -1,6 +1,8 @@
 """Policies' worth by hand: best of n, distances, verdicts, critics, and the unit that trains one."""
 
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -132,6 +134,125 @@ def test_no_two_policies_answer_from_the_same_random_numbers(run, tmp_path, monk
     for name in ("toy", "other"):
         policies.train_policy_run(policies.PolicyRun(**vars(run) | {"name": name}), tmp_path)
     assert len(set(seeds)) == 2
+
+
+# ---------------------------------------------------------------- committees and references
+
+
+def members(folder: Path) -> tuple[tuple[Path, float, float], ...]:
+    """Three reward models of large weights, each with a mean and a standard deviation of its own."""
+    base, out = tiny.save_causal(folder / "base"), []
+    for seed, mean, std in ((1, 0.3, 1.0), (2, -0.1, 2.0), (3, 0.0, 0.7)):
+        models.save_reward_model(models.reward_model(base, head_seed=seed), folder / f"rm-{seed}")
+        out.append((folder / f"rm-{seed}", mean, std))
+    return tuple(out)
+
+
+def paid_by_three(run: policies.PolicyRun, folder: Path, **changes) -> policies.PolicyRun:
+    (path, mean, std), *others = members(folder)
+    return replace(run, reward_model=path, reward_mean=mean, reward_std=std, committee=tuple(others), **changes)
+
+
+def paid_by_each(run: policies.PolicyRun, said: list[str]) -> np.ndarray:
+    """What every reward model gives to the answers of ``run``, on its own scale, shape (members, answers)."""
+    everyone, out = ((run.reward_model, run.reward_mean, run.reward_std), *run.committee), []
+    for path, mean, std in everyone:
+        model, words = models.load_reward_model(path), models.load_tokenizer(run.policy)
+        out.append([(v - mean) / std for v in ppo.reward_of_texts(model, words)(list(run.asked), said).tolist()])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("rule", ["mean", "worst", "mean - std"])
+def test_a_committee_pays_by_its_rule_each_member_on_its_own_scale(run, tmp_path, rule):
+    asked = tuple(" ".join(words) for words in combinations(("one", "two", "three", "four", "five"), 2))
+    run = paid_by_three(run, tmp_path, rule=rule, asked=asked)
+    (tmp_path / "unit").mkdir()
+    policies.train_policy_run(run, tmp_path / "unit")
+    answers = pd.read_parquet(tmp_path / "unit" / "answers.parquet")
+    paid = paid_by_each(run, list(answers["response"]))
+    by_rule = {"mean": paid.mean(0), "worst": paid.min(0), "mean - std": paid.mean(0) - paid.std(0)}
+    assert answers["reward"].to_numpy() == pytest.approx(by_rule.pop(rule), abs=1e-5)
+    for wrong in (*paid, *by_rule.values()):
+        assert answers["reward"].to_numpy() != pytest.approx(wrong, abs=1e-3)
+
+
+def test_a_committee_pays_while_the_policy_trains(run, tmp_path):
+    """Every logged reward is what the rule gives to that step's responses: here all members agree on a constant."""
+    model = models.load_reward_model(run.reward_model)
+    torch.nn.init.zeros_(model.score.weight)
+    models.save_reward_model(model, tmp_path / "nothing")
+    flat = replace(run, reward_model=tmp_path / "nothing", reward_mean=-4.0, reward_std=2.0)  # pays 2
+    flat = replace(flat, committee=((tmp_path / "nothing", -5.0, 1.0),))  # pays 5
+    for rule, paid in (("mean", 3.5), ("worst", 2.0), ("mean - std", 2.0)):
+        policies.train_policy_run(replace(flat, rule=rule), tmp_path)
+        assert pd.read_parquet(tmp_path / "log.parquet")["reward"].tolist() == pytest.approx([paid, paid])
+
+
+def test_an_unknown_rule_of_a_committee_raises(run, tmp_path):
+    with pytest.raises(ValueError, match="unknown rule 'best'"):
+        policies.train_policy_run(paid_by_three(run, tmp_path, rule="best"), tmp_path)
+
+
+def test_divergence_counts_from_the_reference_that_is_named(run, tmp_path):
+    other = tiny.save_causal(tmp_path / "other")
+    first = {}
+    for name, reference in (("none", None), ("same", run.policy), ("other", other)):
+        policies.train_policy_run(replace(run, reference=reference), tmp_path)
+        first[name] = pd.read_parquet(tmp_path / "log.parquet").drop(columns=["sampling", "learning"])
+    pd.testing.assert_frame_equal(first["same"], first["none"])
+    assert first["none"]["kl"][0] == pytest.approx(0, abs=1e-5)
+    assert first["other"]["kl_k3"][0] > 0.03
+
+
+def test_the_key_of_a_policy_follows_its_committee_its_rule_and_its_reference(run, tmp_path):
+    committee = members(tmp_path)
+    changes = [{}, {"committee": committee}, {"committee": committee[:1]}, {"committee": committee, "rule": "worst"}]
+    changes += [{"reference": tiny.save_causal(tmp_path / "other")}]
+    assert len({runs.content_key(replace(run, **change)) for change in changes}) == len(changes)
+
+
+# ---------------------------------------------------------------- answers drawn once
+
+
+@pytest.fixture
+def drawn(tmp_path) -> policies.SampleRun:
+    prompts = ("one two", "three", "one two", "four five six seven")
+    return policies.SampleRun("said", tiny.save_llama(tmp_path / "sft"), prompts, 3, {"max_new_tokens": 8})
+
+
+def sampled(run: policies.SampleRun, folder: Path) -> pd.DataFrame:
+    policies.sample(run, folder)
+    return pd.read_parquet(folder / "answers.parquet")
+
+
+def test_samples_stand_by_draw_and_place_even_where_a_prompt_comes_twice(drawn, tmp_path):
+    said = sampled(drawn, tmp_path)
+    assert said["draw"].tolist() == [k for k in range(3) for _ in range(4)]
+    assert said["place"].tolist() == [0, 1, 2, 3] * 3
+    assert said["prompt"].tolist() == [drawn.prompts[i] for i in said["place"]]
+    assert said["response"].nunique() > 8  # the same prompt is answered anew, and every draw differs
+
+
+def test_samples_are_answers_to_the_prompt_beside_them(drawn, tmp_path):
+    """A greedy model answers a prompt as it would alone."""
+    base = tiny.save_causal(tmp_path / "base")
+    greedy = {"max_new_tokens": 5, "temperature": 1e-4}
+    said = sampled(replace(drawn, policy=base, sampling=greedy), tmp_path)
+    model, words = models.load_language_model(base), models.load_tokenizer(base)
+    alone = {prompt: policies.answer(model, words, [prompt], seed=0, **greedy)[0] for prompt in drawn.prompts}
+    assert said["response"].tolist() == [alone[prompt] for prompt in said["prompt"]]
+    assert len(set(alone.values())) > 1
+
+
+def test_samples_repeat_and_another_seed_or_temperature_draws_others(drawn, tmp_path):
+    first = sampled(drawn, tmp_path)
+    torch.manual_seed(99)
+    assert sampled(drawn, tmp_path).equals(first)
+    assert sampled(replace(drawn, name="other"), tmp_path).equals(first)
+    longer = sampled(replace(drawn, n_draws=4), tmp_path)
+    assert longer[:12].equals(first)
+    for change in ({"seed": 1}, {"sampling": {"max_new_tokens": 8, "temperature": 0.5}}):
+        assert not sampled(replace(drawn, **change), tmp_path).equals(first)
 
 
 # ---------------------------------------------------------------- what a chapter of policies shares

@@ -766,6 +766,60 @@ def test_the_log_tells_of_every_rollout(rollouts):
     assert first["perplexity"] == pytest.approx(math.exp(first["entropy"]), rel=0.1)  # an untrained policy
 
 
+def test_divergence_counts_from_the_reference_that_is_given(rollouts):
+    far, one_step = actor_critic(1)[0], settings(steps=1)
+    nn.init.normal_(far.get_output_embeddings().weight, std=0.5)
+    before = copy.deepcopy(far).state_dict()
+    log = train(how=settings(steps=2), reference=far)[2]["log"]
+    batch = rollouts[0].texts.collate(np.arange(8))
+    with torch.no_grad():
+        gaps = ppo.token_logprobs(actor_critic()[0], batch) - ppo.token_logprobs(far, batch)
+    assert log[0]["kl"] == pytest.approx(gaps[batch["mask"]].sum().item() / 8, abs=1e-4)
+    assert log[0]["kl_k3"] > 0.1
+    assert all(torch.equal(before[name], weight) for name, weight in far.state_dict().items())
+    assert train(how=one_step, reference=actor_critic()[0])[2]["log"][0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_reference_that_is_the_policy_changes_nothing_and_another_does():
+    how = settings(steps=3, kl_coef=0.5)
+    itself = actor_critic()
+    plain = train(how=how)
+    assert same(train(how=how, reference=actor_critic()[0]), plain)
+    assert same(train(how=how, models=itself, reference=itself[0]), plain)  # it does not move with the policy
+    assert not same(train(how=how, reference=actor_critic(1)[0]), plain)
+
+
+def test_a_killed_training_with_a_reference_resumed_equals_a_straight_one(tmp_path):
+    run = functools.partial(train, how=settings(steps=4, kl_coef=0.5), reference=actor_critic(1)[0])
+    kept, calls = {"checkpoint": tmp_path / "state", "checkpoint_seconds": 0.0}, itertools.count(1)
+
+    def mortal(prompts: list[str], responses: list[str]) -> list[float]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return says_good(prompts, responses)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(mortal, **kept)
+    assert same(run(**kept), run())
+
+
+def test_the_spread_is_the_standard_deviation_within_a_prompt(rollouts):
+    """Two rollouts of each of four prompts: half their difference, whatever the prompts are worth."""
+    paid, gold = [0.0, 1.0, 10.0, 13.0, 5.0, 5.0, -2.0, 0.0], [7.0, 7.0, 0.0, 4.0, 1.0, 1.0, 3.0, 3.0]
+    how = settings(steps=2, batch_size=4, rollouts_per_prompt=2)
+    log = train(lambda *texts: paid, how, gold_fn=lambda *texts: gold)[2]["log"]
+    assert rollouts[0].prompts[::2] == rollouts[0].prompts[1::2]
+    for row in log:
+        assert row["spread"] == pytest.approx((0.5 + 1.5 + 0 + 1) / 4)
+        assert row["gold_spread"] == pytest.approx((0 + 2 + 0 + 0) / 4)
+        assert row["reward_std"] == pytest.approx(np.std(paid), rel=1e-5)
+        assert row["spread"] != pytest.approx(np.reshape(paid, (2, 4)).std(axis=0).mean(), abs=0.1)  # of other prompts
+    assert row.keys() == COLUMNS | {"spread", "gold_spread"}
+    alone = train(lambda *texts: paid, settings(steps=1), gold_fn=lambda *texts: gold)[2]["log"][0]
+    assert alone.keys() == COLUMNS  # a single rollout has none
+    assert train(lambda *texts: paid, how)[2]["log"][0].keys() == COLUMNS - {"gold"} | {"spread"}
+
+
 def test_samples_are_kept_from_the_first_to_the_last_step(rollouts):
     record = train(how=settings(steps=9), n_samples=2)[2]
     assert [sample["step"] for sample in record["samples"]] == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
