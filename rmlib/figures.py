@@ -65,12 +65,14 @@ def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:
         bars = np.where(np.isfinite(bars), bars, 0)  # one seed has no interval
         ax.errorbar(center[part], place[part], xerr=bars, fmt="o", color=color, capsize=2, label=decision)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(yticks=place, yticklabels=labels, xscale="symlog")
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(yticks=place, yticklabels=labels, ylim=(len(verdicts) - 0.5, -0.5))
+    ends = np.abs(np.concatenate([low, high, center]))
+    if ends[np.isfinite(ends)].max(initial=0) > 4:
+        ax.set_xscale("symlog")
+        ax.xaxis.set_major_formatter("{x:g}")
     equal = ", ".join(verdicts["claim"][verdicts["equivalence"]])
     ax.set_xlabel("effect / margin (right: as the paper says" + f"; {equal}: inside the grey" * bool(equal) + ")")
     ax.tick_params(axis="y", labelsize=7.5)
-    ax.invert_yaxis()
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(run, figure, name, verdicts)
 

@@ -29,6 +29,7 @@ from rmlib import records, runs
 
 CODE = ("rmlib", "notebooks", "params", "Snakefile", "Makefile")
 WORLD, STRENGTH, ANNOTATED = "00_world_and_data", "01_preference_strength", "01b_annotated_sets"
+ROUNDS = "05_iterative_rlhf"
 ALL = (WORLD, STRENGTH, ANNOTATED)
 MARK = "RMLIB_TESTED_IN"  # in the environment of every process of a copy, so that none is overlooked
 PATIENCE = 900  # seconds, for what should take less than 60; a hanging run must not hang the tests
@@ -368,6 +369,53 @@ def test_the_results_of_chapter_00_are_valid_where_they_were_moved_to(finished, 
 
 def test_kills_leave_nothing_behind(chain):
     assert chain.project.left_behind() == []
+
+
+# ---------------------------------------------------------------- kills amid rounds
+
+
+@pytest.fixture(scope="module")
+def rounds(finished, place) -> tuple[Project, Project, list[int]]:
+    """Chapter 05 run uninterrupted, and killed at five random moments (units that stand) before its last run."""
+    earlier = [f"{place}/smoke/{WORLD}" for place in ("results", "figures")]
+    copies = [Project.copied(finished.root, place / name, *CODE, *earlier) for name in ("rounds", "killed_rounds")]
+    for copy in copies:
+        shutil.copy2(runs.ROOT / f"params/smoke/{ROUNDS}.yaml", copy.root / "params/smoke")
+        copy.set_parameters(ROUNDS, arms=["vanilla", "MetaRM", "fresh labels", "DPO"], eta_factors=[])
+    straight, killed = copies
+    command = ("papermill", f"notebooks/{ROUNDS}.ipynb", "out.ipynb", "-f", f"params/smoke/{ROUNDS}.yaml")
+    assert straight.start(*command).wait(PATIENCE) == 0, straight.output[-3000:]
+    rng, n_units = np.random.default_rng(1), len(sealed(straight))
+    moments = sorted(rng.choice(n_units - 1, 5, replace=False).tolist())
+    for n in moments:
+        process = killed.start(*command)
+        eventually(lambda n=n: len(sealed(killed)) >= n and find_busy(killed))
+        time.sleep(rng.uniform(0, 0.5))
+        for each in killed.processes().values():
+            with suppress(psutil.Error):
+                each.kill()
+        assert process.wait(PATIENCE) != 0
+        eventually(lambda: not killed.processes(), ORPHANS_LAST)
+    assert killed.start(*command).wait(PATIENCE) == 0, killed.output[-3000:]
+    return straight, killed, moments
+
+
+def sealed(project: Project) -> dict[str, int]:
+    """When every unit of chapter 05 was sealed."""
+    return {seal.parent.name: seal.stat().st_mtime_ns for seal in project.results(ROUNDS).glob("units/[!.]*/unit.json")}
+
+
+def find_busy(project: Project) -> bool:
+    """Whether a unit of chapter 05 is in the making."""
+    return any(project.results(ROUNDS).glob("units/.*.tmp"))
+
+
+def test_rounds_killed_five_times_end_with_the_tables_of_an_uninterrupted_run(rounds):
+    straight, killed, moments = rounds
+    assert len(moments) == 5
+    tables = straight.tables(ROUNDS)
+    assert tables and tables == killed.tables(ROUNDS)
+    assert sealed(straight).keys() == sealed(killed).keys()
 
 
 # ---------------------------------------------------------------- damage

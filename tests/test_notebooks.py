@@ -152,7 +152,11 @@ def test_readme_quotes_the_committed_arms(preset, arm):
     assert quoted(preset, arm) in text
 
 
-@pytest.mark.parametrize(("preset", "arm"), [("convarg", "SimCSE"), ("default", "SwAV-diff")])
-def test_readme_quotes_the_committed_contrasts(preset, arm):
+OUT, IN = "truth, out of distribution", "truth, in distribution"
+CONTRASTS = [("convarg", "SimCSE", OUT), *(("full", arm, IN) for arm in ("SimCSE", "SimCSE-diff", "SwAV", "SwAV-diff"))]
+
+
+@pytest.mark.parametrize(("preset", "arm", "where"), CONTRASTS)
+def test_readme_quotes_the_committed_contrasts(preset, arm, where):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert quoted(preset, arm, "03_contrastive", "truth, out of distribution") in text
+    assert quoted(preset, arm, "03_contrastive", where) in text
