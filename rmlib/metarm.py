@@ -4,9 +4,10 @@ A *meta set* holds $k$ responses of the present policy to each of some prompts, 
 up on their difference loss $J$, takes the ranking loss's gradient there, and steps from where it was (Algorithm 1).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from rmlib import data, models
 from rmlib.params import Count, Positive
+
+Collate = Callable[[np.ndarray], dict[str, Tensor]]  # of prompts: the first response of each, then the second, ...
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -85,45 +88,45 @@ class MetaSet:
     """
 
     def __init__(self, path: Path, base: Path | str, max_length: int):
-        table = pd.read_parquet(path)
-        self.features, needed = None, ["prompt", "response"]
-        if models.is_features(base):
-            (self.features, ids), needed = models.load_features(base), ["prompt", "response_id"]
-        if lacking := [column for column in needed if column not in table]:
+        table, kind = pd.read_parquet(path), "response_id" if models.is_features(base) else "response"
+        if lacking := [column for column in ("prompt", kind) if column not in table]:
             raise ValueError(f"{path}: no column {', '.join(lacking)}; there are {', '.join(table.columns)}")
-        said = table.groupby("prompt", sort=False)[needed[1]].agg(list)
-        counts = said.map(len)
-        if counts.empty or counts.min() < 2 or counts.nunique() > 1:
-            k = f"{counts.min()} to {counts.max()}" if len(counts) else "no"
+        said = table.groupby("prompt", sort=False)[kind].agg(list)
+        counts = sorted(set(said.map(len)))
+        if len(counts) != 1 or counts[0] < 2:
+            k = f"{counts[0]} to {counts[-1]}" if counts else "no"
             raise ValueError(f"{path}: a meta set needs as many responses to each prompt, at least two; it has {k}")
-        self.size, self.k = len(said), int(counts.iloc[0])
-        if self.features is not None:
-            place = {name: i for i, name in enumerate(ids)}
-            if unknown := [name for names in said for name in names if name not in place]:
-                raise ValueError(f"{path}: no features of response {unknown[0]!r}")
-            self.rows = np.array([[place[name] for name in names] for names in said])
-            return
-        tokenizer = models.load_tokenizer(base)
-        prompts = data.prompt_ids(said.index.to_list(), tokenizer)
-        responses = data.response_ids(table["response"].to_list(), tokenizer)
-        of_prompt = iter(responses[i] for rows in table.groupby("prompt", sort=False).indices.values() for i in rows)
-        self.texts = [(prompt, *(next(of_prompt) for _ in range(self.k))) for prompt in prompts]
-        self.pad_id = tokenizer.pad_token_id
-        for prompt, text in zip(said.index, self.texts, strict=True):
-            if (longest := len(text[0]) + max(map(len, text[1:]))) > max_length:
-                raise ValueError(f"{path}: {prompt[:60]!r} and a response: {longest} tokens exceed {max_length}")
-
-    def collate(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Batch of all responses to the prompts ``rows``, the first of each, then the second of each, ..."""
-        if self.features is not None:
-            return {"features": self.features[self.rows[rows].T.flatten()]}
-        return data.grouped([self.texts[i] for i in rows], self.pad_id)
+        self.size, self.k = len(said), counts[0]
+        try:
+            self.collate = _of_features(said, base) if kind == "response_id" else _of_texts(said, base, max_length)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def rewards(self, model: nn.Module, rows: np.ndarray) -> Float[Tensor, "prompts k"]:
         """Rewards of all responses to the prompts ``rows``."""
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self.collate(rows).items()}
         return models.rewards(model, batch).unflatten(0, (self.k, len(rows))).T
+
+
+def _of_texts(said: pd.Series, base: Path | str, max_length: int) -> Collate:
+    tokenizer = models.load_tokenizer(base)
+    responses = iter(data.response_ids([text for texts in said for text in texts], tokenizer))
+    prompts = data.prompt_ids(list(said.index), tokenizer)
+    groups = [(ids, *islice(responses, len(texts))) for ids, texts in zip(prompts, said, strict=True)]
+    for prompt, ids in zip(said.index, groups, strict=True):
+        if (longest := len(ids[0]) + max(map(len, ids[1:]))) > max_length:
+            raise ValueError(f"{prompt[:60]!r} and a response: {longest} tokens exceed {max_length}")
+    return lambda rows: data.grouped([groups[i] for i in rows], tokenizer.pad_token_id)
+
+
+def _of_features(said: pd.Series, base: Path | str) -> Collate:
+    features, ids = models.load_features(base)
+    place = {name: i for i, name in enumerate(ids)}
+    if unknown := [name for names in said for name in names if name not in place]:
+        raise ValueError(f"no features of response {unknown[0]!r}")
+    groups = np.array([[place[name] for name in names] for names in said])
+    return lambda rows: {"features": features[groups[rows].T.flatten()]}
 
 
 def look_ahead(meta: Meta, meta_set: MetaSet, seed: int):

@@ -28,12 +28,14 @@ def test_arrows_run_downwards():
     house = [
         "figures",
         "claims",
+        "dpo",
         "policies",
         "ppo",
         "denoising",
         "voting",
         "training",
         "contrastive",
+        "metarm",
         "evaluation",
         "models",
         "sources",
@@ -70,7 +72,7 @@ def test_a_chapter_names_the_modules_that_it_imports():
 
 def test_library_stays_thin():
     lines = [line for path in (ROOT / "rmlib").glob("*.py") for line in path.read_text().splitlines()]
-    assert sum(bool(line.strip()) for line in lines) < 3600
+    assert sum(bool(line.strip()) for line in lines) < 3700
 
 
 def test_every_dependency_is_pinned_by_the_tested_versions():
