@@ -160,3 +160,9 @@ CONTRASTS = [("convarg", "SimCSE", OUT), *(("full", arm, IN) for arm in ("SimCSE
 def test_readme_quotes_the_committed_contrasts(preset, arm, where):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert quoted(preset, arm, "03_contrastive", where) in text
+
+
+@pytest.mark.parametrize("arm", ["MetaRM", "fresh labels"])
+def test_readme_quotes_the_committed_look_ahead(arm):
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert quoted("full", arm, "04_metarm", "truth, policy") in text
