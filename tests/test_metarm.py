@@ -111,7 +111,7 @@ def moved(gradients: list[Tensor], how: Meta) -> list[Tensor]:
 GRADIENTS = [random(30, 4, seed=2).float(), 10 * random(50, seed=3).float()]
 
 
-@pytest.mark.parametrize("ascent", ["gradient", "normalised"])
+@pytest.mark.parametrize("ascent", ["gradient", "normalised", "random"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_parameters_come_back_bit_for_bit(ascent, fails):
     weights = parameters()
@@ -252,6 +252,45 @@ def test_weights_that_need_no_gradient_take_no_part_in_the_look_ahead():
     training.fit(net, BATCHES[:1], batch_of, ranking, FREE, ahead=metarm.look_ahead(meta(), SAID, 7))
     assert torch.equal(net[0].weight, model()[0].weight)
     assert not torch.equal(net[2].weight, model()[2].weight)
+
+
+# ---------------------------------------------------------------- the control that looks anywhere
+
+
+def looked(seed: int, step: int, ascent: str = "random", eta: float = 0.3) -> Tensor:
+    """How far every weight stands from the start where a step finds its gradient, flat."""
+    net = model()
+    with metarm.look_ahead(meta(eta, ascent), SAID, seed)(net, step, training.accelerator()):
+        there = nn.utils.parameters_to_vector(net.parameters()).detach()
+    return there - nn.utils.parameters_to_vector(model().parameters()).detach()
+
+
+def alike(one: Tensor, other: Tensor) -> float:
+    return abs(torch.cosine_similarity(one, other, dim=0).item())
+
+
+def test_the_control_goes_as_far_as_the_look_ahead_and_nowhere_near_its_way():
+    uphill = [looked(7, step, "normalised") for step in range(8)]
+    anywhere = [looked(7, step) for step in range(8)]
+    for one, other in zip(uphill, anywhere, strict=True):
+        assert one.square().mean().sqrt().item() == pytest.approx(0.3)
+        assert other.square().mean().sqrt().item() == pytest.approx(0.3)
+    assert np.mean([alike(*pair) for pair in zip(uphill, anywhere, strict=True)]) < 0.3  # of 36 weights
+    assert looked(7, 0).sign().unique().numel() == 2
+
+
+def test_the_way_of_the_control_repeats_with_seed_and_step_and_differs_with_each():
+    assert torch.equal(looked(7, 3), looked(7, 3))
+    assert alike(looked(7, 3), looked(7, 4)) < 0.6
+    assert alike(looked(7, 3), looked(8, 3)) < 0.6
+
+
+def test_the_control_logs_what_it_saw_from_here_as_the_look_ahead_does():
+    seen = [trained(meta(0.05, ascent, batch_size=4), BATCHES[:1])[1][0] for ascent in ("normalised", "random")]
+    assert [list(row) for row in seen] == [["step", "loss", "difference_loss", "spread"]] * 2
+    for name in ("difference_loss", "spread"):
+        assert seen[0][name] == seen[1][name]
+    assert seen[0]["loss"] != pytest.approx(seen[1]["loss"], abs=1e-6)
 
 
 # ---------------------------------------------------------------- what first order leaves out

@@ -163,6 +163,7 @@ def test_readme_quotes_the_committed_contrasts(preset, arm, where):
 
 
 @pytest.mark.parametrize("arm", ["MetaRM", "fresh labels"])
-def test_readme_quotes_the_committed_look_ahead(arm):
+@pytest.mark.parametrize("preset", ["full", "convarg"])
+def test_readme_quotes_the_committed_look_ahead(preset, arm):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert quoted("full", arm, "04_metarm", "truth, policy") in text
+    assert quoted(preset, arm, "04_metarm", "truth, policy") in text

@@ -22,7 +22,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
@@ -194,11 +193,12 @@ SHARED: dict[str, dict] = {
     "a last batch of one": {"batches": [*BATCHES[:9], BATCHES[9][:1]]},
     "ahead": {"ahead": 8},
     "ahead, odd": {"ahead": 5, "batches": [rows[:3] for rows in BATCHES]},
+    "ahead at random": {"ahead": 5, "ascent": "random"},
     "ahead, a last batch of one": {"ahead": 2, "batches": [*BATCHES[:9], BATCHES[9][:1]]},
 }
 
 
-def toy_ahead(folder: Path, batch_size: int):
+def toy_ahead(folder: Path, batch_size: int, ascent: str = "normalised"):
     """The look-ahead of the toy, to nine prompts with four responses each."""
     models.save_features(INPUTS, [str(i) for i in range(N)], folder / "toy.safetensors")
     table = pd.DataFrame(
@@ -206,13 +206,15 @@ def toy_ahead(folder: Path, batch_size: int):
     )
     table.to_parquet(folder / "toy.parquet")
     meta_set = metarm.MetaSet(folder / "toy.parquet", folder / "toy.safetensors", 64)
-    return metarm.look_ahead(metarm.Meta(folder / "toy.parquet", 0.05, batch_size=batch_size), meta_set, 3)
+    return metarm.look_ahead(metarm.Meta(folder / "toy.parquet", 0.05, ascent, batch_size), meta_set, 3)
 
 
-def toy_shared(folder: Path, ahead: int | None = None, **kwargs) -> tuple[Tensor, list[dict]]:
+def toy_shared(
+    folder: Path, ahead: int | None = None, ascent: str = "normalised", **kwargs
+) -> tuple[Tensor, list[dict]]:
     """Weights and log of the toy, which do not depend on how many processes train it."""
     folder.mkdir(exist_ok=True)
-    return log_of(toy_model(), **kwargs, **({"ahead": toy_ahead(folder, ahead)} if ahead else {}))
+    return log_of(toy_model(), **kwargs, **({"ahead": toy_ahead(folder, ahead, ascent)} if ahead else {}))
 
 
 def train_as_one_of(rank: int, n: int, port: int, folder: Path) -> None:
@@ -1101,7 +1103,7 @@ def test_a_resume_that_lost_a_part_of_the_state_would_leave_other_scores(
     owner, name = {
         "rng": (torch, "set_rng_state"),
         "optimiser": (AcceleratedOptimizer, "load_state_dict"),
-        "scheduler": (AcceleratedScheduler, "load_state_dict"),
+        "scheduler": (torch.optim.lr_scheduler.LambdaLR, "load_state_dict"),
     }[lost]
     monkeypatch.setattr(owner, name, lambda *args: None)
     training.train_reward_model(run, tmp_path, tmp_path / "state.pt")
@@ -1491,9 +1493,10 @@ def test_a_meta_set_that_does_not_fit_is_told_before_training(train, features, t
 
 def test_a_key_follows_the_look_ahead_and_the_responses_it_is_to(pairs, features, tmp_path):
     metas = [looking(tmp_path / "a"), looking(tmp_path / "a", 0.06), looking(tmp_path / "a", ascent="gradient")]
+    metas += [looking(tmp_path / "a", ascent="random")]
     metas += [looking(tmp_path / "a", batch_size=6), looking(tmp_path / "b")]
     tiny.responses(11).to_parquet(metas[-1].responses)
     keys = [runs.content_key(tiny.reward_run(pairs, features, meta=meta)) for meta in [None, *metas]]
-    assert len(set(keys)) == 6
+    assert len(set(keys)) == 7
     tiny.responses(12).to_parquet(metas[-1].responses)  # the same content in another place
     assert runs.content_key(tiny.reward_run(pairs, features, meta=metas[-1])) == keys[1]
