@@ -129,7 +129,7 @@ def grouped(texts: Sequence[Sequence[np.ndarray]], pad_id: int) -> dict[str, Ten
         "position_ids": torch.where(part > 0, at - start + end[:, :1], at),
         "attention_mask": ((at[:, :, None] >= at[:, None, :]) & seen)[:, None],
         "at": end[:, 1:] - 1,
-        "imitated": part == 1,
+        "imitated": (part == 1) & (at < end[:, 1:2]),
     }
 
 

@@ -44,7 +44,8 @@ def response_logprobs(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def train_dpo_run(run: DPORun, folder: Path, checkpoint: Path | None = None) -> None:
     """Train one policy by DPO; write ``log.parquet``, ``answers.parquet`` and ``model`` to ``folder``.
 
-    The log: ``step, loss``. Raises ``ValueError`` for what :func:`rmlib.ppo.check_policy` refuses.
+    The log: ``step, loss``. Raises ``ValueError`` for what :func:`rmlib.ppo.check_policy` refuses, and for a pair that
+    is longer than the context.
     """
     tokenizer, policy = models.load_tokenizer(run.policy), models.load_language_model(run.policy)
     ppo.check_policy(policy, tokenizer, list(run.asked), run.settings)
@@ -52,6 +53,10 @@ def train_dpo_run(run: DPORun, folder: Path, checkpoint: Path | None = None) -> 
     prompts, n = data.prompt_ids(pairs["prompt"].to_list(), tokenizer), len(pairs)
     said = data.response_ids([*pairs["chosen"], *pairs["rejected"]], tokenizer)
     texts = data.Responses(prompts + prompts, said, tokenizer.pad_token_id)
+    context = getattr(policy.config, "max_position_embeddings", np.inf)
+    if texts.lengths[longest := int(np.argmax(texts.lengths))] > context:
+        pair = pairs["pair_id"].iloc[longest % n]
+        raise ValueError(f"pair {pair!r}: {texts.lengths[longest]} tokens exceed the context of {context}")
     reference = models.load_language_model(run.reference).to(training.accelerator().device)
     with training.accelerator().autocast():
         known = ppo.of_all(lambda *given: response_logprobs(*given)[:, None], reference, texts, (2 * n, 1), 64)[:, 0]

@@ -73,7 +73,8 @@ def calibration_error(margins: np.ndarray, n: int = 10) -> float:
 def agreed(rewards: np.ndarray, rule: str) -> np.ndarray:
     """What a committee gives to each response, from its members' ``rewards`` (members, responses) on one scale.
 
-    ``"mean"``, ``"worst"`` (the lowest), or ``"mean - std"`` (arXiv 2310.02743). Raises ``ValueError`` for others.
+    ``"mean"``, ``"worst"`` (the lowest), or ``"mean - std"`` (arXiv 2310.02743 has the variance). Raises
+    ``ValueError`` for another rule.
     """
     rules = {"mean": rewards.mean, "worst": rewards.min, "mean - std": lambda axis: rewards.mean(0) - rewards.std(0)}
     if rule not in rules:

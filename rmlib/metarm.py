@@ -91,10 +91,12 @@ class MetaSet:
         table, kind = pd.read_parquet(path), "response_id" if models.is_features(base) else "response"
         if lacking := [column for column in ("prompt", kind) if column not in table]:
             raise ValueError(f"{path}: no column {', '.join(lacking)}; there are {', '.join(table.columns)}")
+        if table[["prompt", kind]].isna().any(axis=None):
+            raise ValueError(f"{path}: a row has no prompt or no {kind}")
         said = table.groupby("prompt", sort=False)[kind].agg(list)
         counts = sorted(set(said.map(len)))
         if len(counts) != 1 or counts[0] < 2:
-            k = f"{counts[0]} to {counts[-1]}" if counts else "no"
+            k = f"{counts[0]} to {counts[-1]}" if counts else "none"
             raise ValueError(f"{path}: a meta set needs as many responses to each prompt, at least two; it has {k}")
         self.size, self.k = len(said), counts[0]
         try:
@@ -138,8 +140,8 @@ def look_ahead(meta: Meta, meta_set: MetaSet, seed: int):
 
     @contextmanager
     def ahead(model: nn.Module, step: int, machine: Accelerator) -> Iterator[dict[str, float]]:
-        n, every = machine.num_processes, np.arange(meta_set.size)
-        drawn = np.random.default_rng([seed, step]).permutation(every)[: meta.batch_size]
+        n, rng = machine.num_processes, np.random.default_rng([seed, step])
+        drawn = rng.permutation(np.arange(meta_set.size))[: meta.batch_size]
         if len(drawn) < n:
             raise ValueError(f"{len(drawn)} prompts a step cannot be shared by {n} processes")
         mine = drawn[machine.process_index :: n]
@@ -150,7 +152,7 @@ def look_ahead(meta: Meta, meta_set: MetaSet, seed: int):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(objective, parameters, materialize_grads=True)
         if meta.ascent == "random":
-            chance = torch.Generator().manual_seed(step)
+            chance = torch.Generator().manual_seed(int(rng.integers(2**63)))
             found = [torch.randn(each.shape, generator=chance).to(each.device) for each in found]
         average = partial(machine.reduce, reduction="mean")
         with ascended(parameters, average(list(found)), meta):

@@ -41,6 +41,9 @@ class PolicyRun:
     reference: Path | None = None
     has_gold: bool = False
 
+    def __post_init__(self):
+        evaluation.agreed(np.zeros((1, 1)), self.rule)  # refuses an unknown one before training
+
 
 @dataclass(frozen=True)
 class SampleRun:

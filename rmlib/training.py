@@ -86,8 +86,9 @@ def fit(
     and to the other lists of ``record``. With ``checkpoint`` model, optimiser, random state and record are
     saved every ``checkpoint_seconds`` (0: at every step; else more rarely where saving is slow) and found again by
     a rerun, which then equals an uninterrupted run. Where several processes train, given the same ``model`` and
-    ``batches``, each takes its part of every batch, and all make the same step. ``ahead`` is the place where a step
-    finds its gradient (:func:`rmlib.metarm.look_ahead`), and what it yields joins the step's row.
+    ``batches``, each takes its part of every batch, and all make the same step (for a loss that is a mean over rows).
+    ``ahead`` is the place where a step finds its gradient (:func:`rmlib.metarm.look_ahead`), and what it yields joins
+    the step's row.
     Raises ``FloatingPointError`` naming step and rows when the loss is not finite.
     """
     machine, steps = accelerator(), len(batches)
@@ -378,7 +379,7 @@ def forecast(todo: Sequence[RewardRun], workers: int) -> str:
         batches = run_batches(run, lengths)
         steps += len(batches)
         tokens = sum(int(lengths[rows].sum()) for rows in batches)
-        trained += tokens * (2 if run.lm_coef or run.contrast else 1)
+        trained += tokens * (2 if run.lm_coef or run.contrast else 3 if run.meta else 1)
         scored += int(lengths[run.score_rows].sum()) * (run.snapshots + run.dropout_passes)
         scored += tokens * (run.self_smoothing > 0)
     minutes = (trained + scored / 3) * _seconds_a_token(todo[0]) / workers / 60
@@ -394,7 +395,7 @@ def _seconds_a_token(run: RewardRun, n_steps: int = 4) -> float:
     """Seconds for a token of training, from ``n_steps`` steps after two to warm up, on one thread of a CPU."""
     pairs, threads, times = tokenized(run.preferences, run.base, run.max_length), torch.get_num_threads(), []
     batches = (run_batches(run, pairs.lengths) * (n_steps + 2))[: n_steps + 2]
-    run = replace(run, lm_coef=0.0, contrast=None)
+    run = replace(run, lm_coef=0.0, contrast=None, meta=None)
     model, nobody, loss_fn = _new_model(run), np.zeros(len(pairs.chosen), bool), partial(_reward_loss, run)
     torch.set_num_threads(1)
     try:

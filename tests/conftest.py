@@ -14,6 +14,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import install_import_hook
 
 with install_import_hook(["rmlib.losses", "rmlib.metarm"], "beartype.beartype"):
@@ -22,7 +24,7 @@ with install_import_hook(["rmlib.losses", "rmlib.metarm"], "beartype.beartype"):
 
 import tiny
 
-from rmlib import data, models, runs, world
+from rmlib import data, models, runs, training, world
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -61,6 +63,15 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip(f"no disk can be mounted: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def half_precision(monkeypatch) -> Iterator[None]:
+    """Training as on a device that computes in bf16."""
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(training, "accelerator", lambda: Accelerator(mixed_precision="bf16", cpu=True))
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

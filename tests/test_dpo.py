@@ -73,6 +73,16 @@ def test_a_policy_that_is_its_reference_starts_at_log_2(run, tmp_path):
     assert train(replace(run, steps=1), tmp_path)["loss"].tolist() == pytest.approx([math.log(2)], abs=1e-6)
 
 
+def test_in_half_precision_policy_and_reference_are_measured_alike(half_precision, run, other, tmp_path, monkeypatch):
+    """Else a policy that is its reference would seem to have moved."""
+    run = replace(run, policy=other, reference=other, optimisation=Optimisation(lr=0.0, batch_size=4), steps=4)
+    assert train(run, tmp_path)["loss"].tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
+    real = ppo.of_all
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "of_all", lambda *given: torch.autocast("cpu", enabled=False)(real)(*given))
+        assert train(run, tmp_path)["loss"].tolist() != pytest.approx([math.log(2)] * 4, abs=1e-4)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_the_first_loss_is_that_of_plain_passes_through_policy_and_reference(run, other, tmp_path, beta):
     run = replace(run, policy=other, steps=1, beta=beta)

@@ -20,9 +20,7 @@ import tiny
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from rmlib import contrastive, data, denoising, metarm, models, runs, training
@@ -977,15 +975,6 @@ def test_the_kept_model_scores_as_the_table_says(tmp_path, pairs, llama):
 def test_more_snapshots_than_steps_raise(train, features):
     with pytest.raises(ValueError, match="snapshots"):
         train(features, steps=2, snapshots=4)
-
-
-@pytest.fixture
-def half_precision(monkeypatch):
-    """Training as on a device that computes in bf16."""
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr(training, "accelerator", lambda: Accelerator(mixed_precision="bf16", cpu=True))
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("base", ["llama", "features"])
