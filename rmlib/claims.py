@@ -190,6 +190,7 @@ def ledger(figures: Path) -> pd.DataFrame:
     rows = pd.concat(tables, ignore_index=True)
     between = [f"[{r.low:+.3f}, {r.high:+.3f}]" if np.isfinite(r.high) else "(no interval)" for r in rows.itertuples()]
     effect = [f"**{r.verdict}** {r.estimate:+.3f} {b}" for r, b in zip(rows.itertuples(), between, strict=True)]
+    effect = np.where(rows["estimate"].isna(), "not measured", effect)
     wide = rows.assign(effect=effect).pivot(index=["claim", "says"], columns="preset", values="effect").reset_index()
     order = [claim for chapter in RULES.values() for claim in chapter]
     wide = wide.sort_values("claim", key=lambda claims: claims.map(order.index), ignore_index=True).fillna("-")

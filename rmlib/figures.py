@@ -64,6 +64,8 @@ def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:
         bars = np.stack([(center - low)[part], (high - center)[part]])
         bars = np.where(np.isfinite(bars), bars, 0)  # one seed has no interval
         ax.errorbar(center[part], place[part], xerr=bars, fmt="o", color=color, capsize=2, label=decision)
+    for at in place[~np.isfinite(center)]:
+        ax.text(0, at, "not measured here", va="center", ha="center", fontsize=7.5, backgroundcolor="white")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(yticks=place, yticklabels=labels, ylim=(len(verdicts) - 0.5, -0.5))
     ends = np.abs(np.concatenate([low, high, center]))

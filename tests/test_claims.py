@@ -397,6 +397,14 @@ def test_the_ledger_shows_each_verdict_by_preset_in_the_order_of_the_rules(publi
     assert table["full"].str.split().str[0].tolist() == ["-", "**fails**"]
 
 
+def test_the_ledger_says_what_a_preset_did_not_measure(published):
+    (path,) = published.glob("full/*/claims.csv")
+    table = pd.read_csv(path)
+    assert "not measured" not in claims.ledger(published).to_string()
+    table.assign(estimate=np.nan).to_csv(path, index=False)
+    assert claims.ledger(published)["full"].tolist() == ["-", "not measured"]
+
+
 def test_the_ledger_replaces_what_stands_between_its_marks_and_nothing_else(published):
     page = "# Title\n<!-- claims -->\nyesterday\n<!-- claims -->\nend\n"
     new = claims.with_ledger(page, published)
