@@ -33,8 +33,8 @@ class Meta:
     ``responses`` (Parquet) has rows ``prompt, response``, or ``prompt, response_id`` where features are cached; each
     prompt as often, those of ``batch_size`` prompts a step. ``ascent``: ``"gradient"`` as Eq 11 is written;
     ``"normalised"`` scales the gradient to a root mean square of 1, so that ``eta`` is how far a weight moves, as the
-    learning rate is in AdamW; ``"random"``, a control, goes as far in a direction
-    drawn at random. Raises ``ValueError`` naming a field that is out of range.
+    learning rate is in AdamW; ``"random"``, a control, goes as far in a direction drawn at random. Raises
+    ``ValueError`` naming a field that is out of range.
     """
 
     responses: Path

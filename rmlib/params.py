@@ -137,9 +137,7 @@ def _check_world_and_data(p: BaseModel) -> BaseModel:
 
 def _check_answers(p: BaseModel) -> BaseModel:
     if p.answers_each > p.sft_answers:
-        raise ValueError(
-            f"answers_each = {p.answers_each} exceeds sft_answers = {p.sft_answers}, to which they are compared"
-        )
+        raise ValueError(f"answers_each = {p.answers_each} exceeds sft_answers = {p.sft_answers}")
     return p
 
 
@@ -283,7 +281,7 @@ CHAPTERS: dict[str, type[Plain]] = {
             ShareOrZero: "warmup_ratio",
             Literal["gradient", "normalised"]: "ascent",
             Literal["mean", "worst", "mean - std"]: "committee_rule",
-            AtLeastTwo: "rounds k n_members sft_answers",
+            AtLeastTwo: "rounds k n_members sft_answers answers_each",
             Count: "reward_batch_size max_length meta_batch_size n_meta_prompts dpo_batch_size",
         },
         base=Policies,

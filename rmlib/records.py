@@ -69,17 +69,31 @@ class Run:
         self.made_of.add(folder)
         return folder
 
+    def kept(self, name: str, table: pd.DataFrame) -> Path:
+        """The path of ``table`` (Parquet), written once to this chapter's results."""
+        name = f"{name}-{runs.content_key(table.to_csv())}"
+        return self.made(name, lambda folder, _: runs.write_table(table, folder / "table.parquet")) / "table.parquet"
+
     def outputs_of(self, stem: str) -> dict[str, Path]:
-        """Files that another chapter left in this preset.
+        """Files that another chapter left in this preset; raises as :meth:`parameters_of`."""
+        outputs = self._finished(stem)["outputs"]
+        return {name: runs.RESULTS / self.preset / stem / item["path"] for name, item in outputs.items()}
+
+    def parameters_of(self, stem: str) -> dict[str, object]:
+        """Parameters that another chapter ran with in this preset.
 
         Raises ``FileNotFoundError`` if it has not run to its end, or what it left is broken.
         """
+        return self._finished(stem)["parameters"]
+
+    def _finished(self, stem: str) -> dict:
+        """The record of another chapter, on which this one stands from now on."""
         record = runs.RESULTS / self.preset / stem / "run.json"
         if problem := _problem(record):
             raise FileNotFoundError(f"chapter {stem} in preset {self.preset!r}: {problem}; run it first")
         found = _read(record)
         self.notes.setdefault("stands_on", {})[stem] = found["id"]
-        return {name: record.parent / item["path"] for name, item in found["outputs"].items()}
+        return found
 
     def table(self, name: str, table: pd.DataFrame, suffix: str = ".csv") -> pd.DataFrame:
         """Write ``table`` as evidence (CSV, or Parquet where rows are many) and return it."""

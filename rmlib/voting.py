@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
+from rmlib import models
 from rmlib.evaluation import bands
 from rmlib.training import DROPOUT, RewardRun
 
@@ -25,6 +28,14 @@ def members(run: RewardRun, n_members: int, *, vary_head: bool = False) -> list[
         replace(run, name=f"{run.name}-m{m}", data_seed=run.data_seed + m, head_seed=run.head_seed + m * vary_head)
         for m in range(n_members)
     ]
+
+
+def averaged(folders: Sequence[Path]) -> nn.Module:
+    """One reward model with the mean of the weights of those in ``folders`` (arXiv 2401.12187)."""
+    weights = [models.load_reward_model(folder).state_dict() for folder in folders]
+    model = models.load_reward_model(folders[0])
+    model.load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
+    return model
 
 
 def fold_plan(

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from rmlib import data, models
+from rmlib import data, models, voting
 
 KINDS = [*tiny.SHORTCUT, *tiny.GENERAL]
 PAIRS = [
@@ -409,6 +409,19 @@ def test_a_frozen_model_of_any_width_can_be_loaded(tmp_path):
     model = models.FrozenRewardModel(8, hidden_size=16)
     models.save_reward_model(model, tmp_path)
     assert all(same_weights(models.load_reward_model(tmp_path), model).values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "frozen"])
+def test_averaged_weights_are_the_mean_of_all_members(bases, tmp_path, kind):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        make = {"llama": lambda seed=seed: models.reward_model(bases["llama"], head_seed=seed)}
+        member = make.get(kind, lambda: models.FrozenRewardModel(8, hidden_size=16))()
+        models.save_reward_model(member, tmp_path / str(seed))
+    heads = torch.stack([models.load_reward_model(tmp_path / str(seed)).score.weight for seed in range(3)])
+    averaged = voting.averaged([tmp_path / str(seed) for seed in range(3)])
+    assert torch.equal(averaged.score.weight, heads.mean(0)) and not torch.equal(averaged.score.weight, heads[0])
+    assert not averaged.training
 
 
 # ---------------------------------------------------------------- where weights lie

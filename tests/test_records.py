@@ -179,6 +179,24 @@ def test_outputs_of_a_chapter_are_found_by_name():
     assert later.outputs_of(STEM)["scores"].read_text() == "1"
 
 
+def test_parameters_of_a_chapter_are_those_of_its_last_run():
+    run_chapter("a")
+    later = records.Run(LATER, "default", {})
+    assert later.parameters_of(STEM) == read(runs.RESULTS / "default" / STEM / "run.json")["parameters"] != {}
+    assert later.notes["stands_on"] == {STEM: read(runs.RESULTS / "default" / STEM / "run.json")["id"]}
+    with pytest.raises(FileNotFoundError, match="run it first"):
+        records.Run("other", "default", {}).parameters_of(LATER)
+
+
+def test_a_kept_table_is_written_once_and_another_one_elsewhere():
+    run, table = records.Run(STEM, "default", {}), pd.DataFrame({"x": [1, 2]})
+    path = run.kept("mine", table)
+    written = path.stat().st_mtime_ns
+    assert run.kept("mine", table) == path and path.stat().st_mtime_ns == written
+    assert pd.read_parquet(path).equals(table) and path.parent in run.made_of
+    assert run.kept("mine", table + 1) != path
+
+
 def test_a_chapter_that_has_not_run_in_this_preset_raises():
     run_chapter("a")
     with pytest.raises(FileNotFoundError, match=f"{LATER} in preset 'default': it has no finished run; run it first"):
