@@ -32,7 +32,7 @@ CHAPTERS = {
         "after": ["00_world_and_data", "03_contrastive"],
     },
     "04_metarm": {"modules": [*CORE, "voting", "ppo", "policies", "claims"], "after": ["00_world_and_data"]},
-    "05_iterative_rlhf": {"modules": [*CORE, "ppo", "dpo", "policies", "claims"], "after": ["00_world_and_data"]},
+    "05_iterative_rlhf": {"modules": [*CORE, "voting", "ppo", "dpo", "policies", "claims"], "after": ["00_world_and_data"]},
     "01b_annotated_sets": {"modules": [*PLACE, "voting"], "after": ["01_preference_strength"]},
 }
 # A preset runs the chapters for which it has a file of parameters.
@@ -44,6 +44,8 @@ if strays := {path.stem for path in Path(f"params/{PRESET}").glob("*.y*ml")} - s
     sys.exit(f"params/{PRESET}: no chapter is named {', '.join(sorted(strays))}; there are {', '.join(params.CHAPTERS)}")
 if not CHAPTERS:
     sys.exit(f"params/{PRESET} holds no file of parameters; chapters are {', '.join(params.CHAPTERS)}")
+for stem in sorted(set(FILES) - set(CHAPTERS)):
+    print(f"preset {PRESET} has no {FILES[stem]}: chapter {stem.split('_')[0]} is not run", file=sys.stderr)
 
 
 def wanted(stem):

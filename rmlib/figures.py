@@ -71,6 +71,8 @@ def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:
     ends = np.abs(np.concatenate([low, high, center]))
     if ends[np.isfinite(ends)].max(initial=0) > 4:
         ax.set_xscale("symlog")
+        left, right = ax.get_xlim()
+        ax.set_xticks([tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if left < tick < right])
         ax.xaxis.set_major_formatter("{x:g}")
     equal = ", ".join(verdicts["claim"][verdicts["equivalence"]])
     ax.set_xlabel("effect / margin (right: as the paper says" + f"; {equal}: inside the grey" * bool(equal) + ")")

@@ -1,6 +1,6 @@
 r"""Policies trained on reward models, and what they are worth: units of work, judged comparisons, over-optimisation.
 
-A policy's distance from the SFT model is $d = \sqrt{\mathrm{KL}}$ in nats a response (Gao et al., arXiv 2210.10760).
+A policy's distance from the SFT model is $d = \sqrt{\mathrm{KL}}$, KL in nats a response (Gao et al., 2210.10760).
 """
 
 import zlib

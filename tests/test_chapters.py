@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rmlib import data, models, notebooks, params, runs
+from rmlib import data, models, notebooks, params, records, runs
 
 WORLD, STRENGTH, ANNOTATED = "00_world_and_data", "01_preference_strength", "01b_annotated_sets"
+ROUNDS = "05_iterative_rlhf"
 SMALL = {
     WORLD: {"seeds": [0], "validation_share": 0.4, "encoder_max_length": 32, "max_length": 48, "n_samples": 4}
     | {"sft_lr": 1.0e-3, "sft_batch_size": 64, "sft_epochs": 1},
@@ -285,18 +287,23 @@ def finished(copy: Copy, preset: str, file: Path) -> None:
     """A record as chapter 00 leaves it after a run with that file, of nothing."""
     cell = notebooks.parameters_cell(runs.ROOT / "notebooks" / f"{WORLD}.ipynb")
     parameters = params.read_yaml(WORLD, file, cell).model_dump()
-    record = {"id": "a", "stem": WORLD, "preset": preset, "parameters": parameters, "outputs": {}, "files": []}
-    published = copy.root / "figures" / preset / WORLD
-    for place in (published, copy.results(preset, WORLD)):
-        place.mkdir(parents=True)
-        (place / "run.json").write_text(json.dumps(record))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RESULTS", copy.root / "results")
+        patch.setattr(runs, "FIGURES", copy.root / "figures")
+        records.Run(WORLD, preset, parameters).finish([])
     (copy.results(preset, WORLD) / f"{WORLD}.ipynb").touch()
+
+
+def plan(copy: Copy, preset: str) -> subprocess.CompletedProcess:
+    """What Snakemake says that it would run."""
+    done = copy.call("snakemake", "-n", "--cores", 1, "--nolock", "--config", f"preset={preset}")
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def planned(copy: Copy, preset: str) -> bool:
     """Whether chapter 00 would run."""
-    done = copy.call("snakemake", "-n", "--cores", 1, "--nolock", "--config", f"preset={preset}")
-    assert done.returncode == 0, done.stderr
+    done = plan(copy, preset)
     told = done.stdout + done.stderr
     assert ("rule chapter_00:" in told) != ("Nothing to be done" in told), told
     return "rule chapter_00:" in told
@@ -308,11 +315,52 @@ def test_an_edit_of_the_reader_s_data_or_model_makes_chapter_00_run_again(copy):
     given = {"preset": "own", "source": "table", "data_path": "own.jsonl", "base_model": str(model)}
     finished(copy, "own", copy.write("own", WORLD, yaml.safe_dump(given)))
     assert not planned(copy, "own")
-    for watched in (data_file, model / "model.safetensors", model / "tokenizer.json"):
+    now = time.time()  # and seconds later: no clock of files is that coarse
+    for n, watched in enumerate((data_file, model / "model.safetensors", model / "tokenizer.json")):
         watched.write_bytes(watched.read_bytes() + b"\n")
+        os.utime(watched, (now + 2 * n + 1,) * 2)
         assert planned(copy, "own"), watched.name
         for output in copy.results("own", WORLD).iterdir():
-            output.touch()
+            os.utime(output, (now + 2 * n + 2,) * 2)
+        assert not planned(copy, "own"), watched.name
+
+
+# ---------------------------------------------------------------- chapters that are left out
+
+
+@pytest.mark.parametrize(
+    ("preset", "left_out"),
+    [("convarg", ["02b_policies", "03b_contrastive_policies", ROUNDS]), ("default", [])],
+)
+def test_the_graph_of_notebooks_tells_once_which_chapters_a_preset_leaves_out(copy, preset, left_out):
+    told = [line for line in plan(copy, preset).stderr.splitlines() if line.startswith("preset ")]
+    assert told == [
+        f"preset {preset} has no params/{preset}/{stem}.yaml: chapter {stem.split('_')[0]} is not run"
+        for stem in left_out
+    ]
+
+
+def begin_rounds(base: Path) -> None:
+    """Run chapter 05, up to and with the cell that reads what chapter 00 left: this ``base``."""
+    records.Run(WORLD, "own", {}).finish([], {"base": base})
+    cells = nbformat.read(runs.ROOT / "notebooks" / f"{ROUNDS}.ipynb", as_version=4).cells
+    given, check, begin, *_ = (cell.source for cell in cells if cell.cell_type == "code")
+    values: dict[str, object] = {}
+    for source in (given, 'preset = "own"', check, begin):
+        exec(source, values)
+
+
+def test_rounds_refuse_a_frozen_encoder_at_once(places):
+    base = runs.RESULTS / "own" / WORLD / "features.safetensors"
+    base.parent.mkdir(parents=True)
+    says = "preset 'own' reads texts through a frozen encoder, and chapter 05 trains policies: take one with a causal"
+    with pytest.raises(ValueError, match=says):
+        begin_rounds(tiny.save_features(base))
+    assert not (runs.RESULTS / "own" / ROUNDS / "units").exists()
+
+
+def test_rounds_begin_on_a_causal_base(places):
+    begin_rounds(tiny.save_llama(runs.RESULTS / "own" / WORLD / "sft"))
 
 
 STRANGE = {

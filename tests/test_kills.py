@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from rmlib import records, runs
+from rmlib import params, records, runs
 
 CODE = ("rmlib", "notebooks", "params", "Snakefile", "Makefile")
 WORLD, STRENGTH, ANNOTATED = "00_world_and_data", "01_preference_strength", "01b_annotated_sets"
@@ -180,6 +181,7 @@ def test_a_copy_runs_its_own_code(finished):
     answer = subprocess.run(where, env=environment, cwd="/", capture_output=True, text=True, check=True)
     assert Path(answer.stdout.strip()) == finished.root / "rmlib" / "__init__.py"
     assert set(finished.executed()) == set(ALL)
+    assert finished.output.count(f"preset smoke has no params/smoke/{ROUNDS}.yaml: chapter 05 is not run\n") == 1
     assert finished.record(STRENGTH)["units"] == len(finished.units()) > 50
     assert finished.left_behind() == []
 
@@ -381,7 +383,6 @@ def rounds(finished, place) -> tuple[Project, Project, list[int]]:
     copies = [Project.copied(finished.root, place / name, *CODE, *earlier) for name in ("rounds", "killed_rounds")]
     for copy in copies:
         shutil.copy2(runs.ROOT / f"params/smoke/{ROUNDS}.yaml", copy.root / "params/smoke")
-        copy.set_parameters(ROUNDS, arms=["vanilla", "MetaRM", "fresh labels", "DPO"], eta_factors=[])
     straight, killed = copies
     command = ("papermill", f"notebooks/{ROUNDS}.ipynb", "out.ipynb", "-f", f"params/smoke/{ROUNDS}.yaml")
     assert straight.start(*command).wait(PATIENCE) == 0, straight.output[-3000:]
@@ -389,7 +390,7 @@ def rounds(finished, place) -> tuple[Project, Project, list[int]]:
     moments = sorted(rng.choice(n_units - 1, 5, replace=False).tolist())
     for n in moments:
         process = killed.start(*command)
-        eventually(lambda n=n: len(sealed(killed)) >= n and find_busy(killed))
+        eventually(lambda n=n, process=process: has_come_to(n, killed, process))
         time.sleep(rng.uniform(0, 0.5))
         for each in killed.processes().values():
             with suppress(psutil.Error):
@@ -405,9 +406,19 @@ def sealed(project: Project) -> dict[str, int]:
     return {seal.parent.name: seal.stat().st_mtime_ns for seal in project.results(ROUNDS).glob("units/[!.]*/unit.json")}
 
 
-def find_busy(project: Project) -> bool:
-    """Whether a unit of chapter 05 is in the making."""
-    return any(project.results(ROUNDS).glob("units/.*.tmp"))
+def has_come_to(n: int, project: Project, process: subprocess.Popen) -> bool:
+    """Whether ``n`` units of chapter 05 stand and another is in the making; fails if ``process`` has ended before."""
+    assert process.poll() is None, f"ended before {n} units stood:\n{project.output[-3000:]}"
+    return len(sealed(project)) >= n and any(project.results(ROUNDS).glob("units/.*.tmp"))
+
+
+def test_the_smoke_preset_takes_every_path_of_the_rounds(rounds):
+    straight, *_ = rounds
+    parameters = straight.record(ROUNDS)["parameters"]
+    assert set(parameters["arms"]) == set(get_args(params.PolicyArm))
+    answered = pd.read_csv(straight.figures(ROUNDS) / "table2_rounds.csv")
+    ran = {*parameters["arms"], *(f"MetaRM, eta x {factor:g}" for factor in parameters["eta_factors"])}
+    assert set(answered["arm"]) == ran > set(parameters["arms"])
 
 
 def test_rounds_killed_five_times_end_with_the_tables_of_an_uninterrupted_run(rounds):

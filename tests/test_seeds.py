@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from rmlib import data, models, policies, ppo, training, voting, world
+from rmlib import data, dpo, metarm, models, policies, ppo, training, voting, world
 from rmlib.runs import ROOT
 
 ELSEWHERE = {"__init__", "sources"}  # the seeds that split data from outside have their tests in test_sources
@@ -89,6 +89,28 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
         policies.train_policy_run(run, tmp_path)
         return pd.read_parquet(tmp_path / "answers.parquet")["response"].tolist()
 
+    def dpo_run(seed: int) -> list[float]:
+        llama, rows = tiny.save_llama(tmp_path / "sft"), np.arange(16)
+        optimisation = training.Optimisation(lr=1.0e-2, batch_size=4, schedule="constant", warmup_ratio=0.0)
+        settings = ppo.Settings(steps=1, lr=0.0, critic_lr=0.0, max_new_tokens=4)
+        given = (llama, llama, pairs, rows, optimisation)
+        run = dpo.DPORun("toy", *given, beta=0.5, steps=2, seed=seed, asked=PROMPTS[:2], settings=settings)
+        dpo.train_dpo_run(run, tmp_path)
+        return pd.read_parquet(tmp_path / "log.parquet")["loss"].tolist()
+
+    def look_ahead(seed: int) -> list[float]:
+        tiny.responses(8).to_parquet(tmp_path / "meta.parquet")
+        meta = metarm.Meta(tmp_path / "meta.parquet", eta=0.1, ascent="random", batch_size=2)
+        model, meta_set = models.reward_model(base, head_seed=0), metarm.MetaSet(meta.responses, base, 64)
+        with metarm.look_ahead(meta, meta_set, seed)(model, 1, training.accelerator()) as seen:
+            return [seen["difference_loss"], *vector(model)]
+
+    def sample_run(seed: int) -> list[str]:
+        sampling = {"max_new_tokens": 6, "temperature": 1.0}
+        run = policies.SampleRun("toy", tiny.save_llama(tmp_path / "sft"), PROMPTS, 2, sampling, seed)
+        policies.sample(run, tmp_path)
+        return pd.read_parquet(tmp_path / "answers.parquet")["response"].tolist()
+
     def strength(seed: int) -> list[float]:
         table = pd.DataFrame({"pair_id": ["a", "b"] * 5, "seed": np.repeat(range(5), 2), "std": 1.0})
         table.assign(mean=np.arange(10.0)).to_parquet(tmp_path / "strength.parquet")
@@ -103,10 +125,13 @@ def drawn(tmp_path, tiny_prompts, tiny_pairs):
 
     return {
         "data.draw_labels(seed)": lambda seed: data.draw_labels(tiny_pairs, seed).to_list(),
+        "dpo.DPORun(seed)": dpo_run,
+        "metarm.look_ahead(seed)": look_ahead,
         "models.small_llama(seed)": lambda seed: vector(small_llama(seed)),
         "models.reward_model(head_seed)": lambda seed: vector(models.reward_model(base, head_seed=seed)),
         "models.generate(seed)": generate,
         "policies.PolicyRun(seed)": policy_run,
+        "policies.SampleRun(seed)": sample_run,
         "policies.answer(seed)": answer,
         "policies.questions_of(seed)": questions,
         "ppo.rollout(seed)": rollout,
