@@ -41,9 +41,10 @@ lint: env
 lab: env  ## open the book in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: env  ## race TRL's RewardTrainer and its last PPOTrainer, into docs/race (half an hour; a quiet machine)
+bench: env  ## race TRL's RewardTrainer and its last PPOTrainer, time a step, into docs/race (half an hour after `make book`; a quiet machine)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/race.py
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/steps.py
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/trl-1.12.0 trl==1.12.0
 	PYTHONPATH=$(VENV)/trl-1.12.0 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python docs/race/ppo_race.py
 

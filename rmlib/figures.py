@@ -81,6 +81,30 @@ def forest(run: Run, verdicts: pd.DataFrame, name: str) -> None:
     save(run, figure, name, verdicts)
 
 
+def gaps(run: Run, table: pd.DataFrame, rival: str, name: str) -> None:
+    """Draw arms of ``table`` (paid, arm, seed, one column a level) less ``rival``, paired by seed, with intervals."""
+    wide = table.set_index(["paid", "arm", "seed"]).sort_index()
+    arms = [arm for arm in table["arm"].unique() if arm != rival]
+    figure, axes = plt.subplots(
+        1, table["paid"].nunique(), figsize=(13, 0.5 * len(arms) + 1.2), sharex=True, sharey=True, squeeze=False
+    )
+    rows = []
+    for ax, paid in zip(axes[0], table["paid"].unique(), strict=True):
+        for place, arm in enumerate(arms):
+            apart = (wide.loc[(paid, arm)] - wide.loc[(paid, rival)]).to_numpy()
+            rows.append(summary(apart, paid=paid, arm=arm, level=wide.columns))
+            for k, row in enumerate(rows[-1].itertuples()):
+                style = {"color": PALETTE[k], "label": row.level if place == 0 else None}
+                at = place + 0.22 * (k - (len(wide.columns) - 1) / 2)
+                ax.plot(row.mean, at, "o", markersize=4, **style)
+                ax.hlines(at, row.low, row.high, color=PALETTE[k])
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set(title=paid, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel(f"true reward less that of {rival}", fontsize=10)
+    save(run, figure, name, pd.concat(rows))
+
+
 def summary(values: np.ndarray, **columns: object) -> pd.DataFrame:
     """``columns`` with the mean over seeds of ``values`` (seeds, points) and its 95 % interval, as a table."""
     mean, low, high = over_seeds(values)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from rmlib import claims, params
+from rmlib import claims, figures, params
 from rmlib.notebooks import clean
 from rmlib.runs import ROOT
 
@@ -140,11 +140,17 @@ def quoted(preset: str, arm: str, stem: str = "02_denoising", measure: str = "ac
     [
         *(
             ("full", arm)
-            for arm in ("margin", "flip 10%", "soft + margin", "wrong labels flipped", "committee of voters")
+            for arm in (
+                *("margin", "flip 10%", "soft + margin", "wrong labels flipped", "committee of voters"),
+                *("soft label", "random flips"),
+            )
         ),
-        *((preset, arm) for preset in ("full_quiet", "full_noisy") for arm in ("flip 10%", "soft + margin")),
-        ("full_noisy", "committee of voters"),
-        ("convarg", "wrong labels flipped"),
+        *(
+            (preset, arm)
+            for preset in ("full_quiet", "full_noisy")
+            for arm in ("flip 10%", "soft + margin", "soft + margin, reading B", "committee of voters")
+        ),
+        *(("convarg", arm) for arm in ("wrong labels flipped", "known flip rate", "soft label")),
     ],
 )
 def test_readme_quotes_the_committed_arms(preset, arm):
@@ -153,7 +159,8 @@ def test_readme_quotes_the_committed_arms(preset, arm):
 
 
 OUT, IN = "truth, out of distribution", "truth, in distribution"
-CONTRASTS = [("convarg", "SimCSE", OUT), *(("full", arm, IN) for arm in ("SimCSE", "SimCSE-diff", "SwAV", "SwAV-diff"))]
+CONTRASTIVE = ("SimCSE", "SimCSE-diff", "SwAV", "SwAV-diff")
+CONTRASTS = [(preset, arm, where) for preset, where in (("convarg", OUT), ("full", IN)) for arm in CONTRASTIVE]
 
 
 @pytest.mark.parametrize(("preset", "arm", "where"), CONTRASTS)
@@ -167,3 +174,16 @@ def test_readme_quotes_the_committed_contrasts(preset, arm, where):
 def test_readme_quotes_the_committed_look_ahead(preset, arm):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert quoted(preset, arm, "04_metarm", "truth, policy") in text
+
+
+LAST_ROUND = [("MetaRM", "helpful"), ("vanilla", "helpful"), ("MetaRM", "summary"), ("MetaRM", "harmless")]
+
+
+@pytest.mark.parametrize(("arm", "family"), LAST_ROUND)
+def test_readme_quotes_the_committed_rounds(arm, family):
+    table = pd.read_csv(ROOT / "figures" / "full" / "05_iterative_rlhf" / "table2_rounds.csv")
+    of = (table["kind"] == "in distribution") & (table["arm"] == arm) & (table["family"] == family)
+    last = table[of & (table["round"] == table["round"].max())]
+    mean, low, high = (f"{value:+.2f}".replace("0.", ".") for value in figures.over_seeds(last["lead"].to_numpy()))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{mean} [{low}, {high.removeprefix('+')}]" in text
