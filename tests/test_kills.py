@@ -429,6 +429,32 @@ def test_rounds_killed_five_times_end_with_the_tables_of_an_uninterrupted_run(ro
     assert sealed(straight).keys() == sealed(killed).keys()
 
 
+def test_rounds_start_where_the_options_say(rounds, place):
+    """A policy that starts from the SFT model is at KL 0 in its first step; one that goes on is not."""
+    straight, *_ = rounds
+    other = Project.copied(straight.root, place / "other_starts")
+    options = {
+        "policy_start": "sft",
+        "reward_model_start": "previous",
+        "arms": ["vanilla", "MetaRM"],
+        "eta_factors": [],
+    }
+    shutil.copy2(straight.root / f"params/smoke/{ROUNDS}.yaml", other.root / "params/smoke")
+    other.set_parameters(ROUNDS, **options)
+    command = ("papermill", f"notebooks/{ROUNDS}.ipynb", "out.ipynb", "-f", f"params/smoke/{ROUNDS}.yaml")
+    assert other.start(*command).wait(PATIENCE) == 0, other.output[-3000:]
+    kl, labels = {}, {}
+    for name, project in (("on", straight), ("anew", other)):
+        log = pd.read_csv(project.figures(ROUNDS) / "log.csv").set_index(["arm", "round", "step"])["kl"]
+        kl[name] = log["vanilla"].xs(1, level="step")
+        models = pd.read_csv(project.figures(ROUNDS) / "fig4_reward_models.csv").set_index(["arm", "round"])
+        labels[name] = models.loc["MetaRM", ["labels", "truth", "spread"]]
+    assert np.allclose(kl["anew"], 0, atol=1e-5)
+    assert np.allclose(kl["on"].loc[1], 0, atol=1e-5) and (kl["on"].loc[2].abs() > 1e-3).all()
+    assert labels["on"].loc[1].equals(labels["anew"].loc[1])
+    assert not labels["on"].loc[2].equals(labels["anew"].loc[2])
+
+
 # ---------------------------------------------------------------- damage
 
 
