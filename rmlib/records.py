@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from rmlib import runs
+from rmlib import notebooks, params, runs
 
 EXPECTED = ("default", "full", "convarg")  # presets whose numbers must lie where the book says
 COMMITTED = (*EXPECTED, "full_quiet", "full_noisy")  # those whose evidence belongs to the book
@@ -30,10 +30,12 @@ _LOCKS: dict[Path, int] = {}  # one handle a file: closing a second one would le
 class Run:
     """One run of one chapter: its parameters, where it writes, and what it wrote.
 
-    Raises ``RuntimeError`` while another process runs the same chapter in the same preset.
+    Raises ``RuntimeError`` while another process runs the same chapter in the same preset, and ``ParameterError`` where
+    that preset's file sets other values: its results would be replaced by those of another run.
     """
 
     def __init__(self, stem: str, preset: str, parameters: dict):
+        _check_filed(stem, preset, parameters)
         self.stem, self.preset, self.parameters = stem, preset, parameters
         self.started = time.time()
         self.id = runs.content_key(stem, preset, parameters, self.started)
@@ -186,6 +188,14 @@ def _read(path: Path) -> dict:
 
 def _write(record: dict, path: Path) -> None:
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _check_filed(stem: str, preset: str, parameters: dict) -> None:
+    """Compare with what the preset's file sets, if it has one for this chapter."""
+    path = runs.ROOT / "params" / preset / f"{stem}.yaml"
+    if path.exists():
+        defaults = notebooks.parameters_cell(runs.ROOT / "notebooks" / f"{stem}.ipynb")
+        params.check_filed(stem, parameters, params.read_yaml(stem, path, defaults).model_dump(), path)
 
 
 def _commit() -> str:

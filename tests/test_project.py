@@ -45,6 +45,7 @@ def test_arrows_run_downwards():
         "data",
         "world",
         "records",
+        "notebooks",
         "runs",
         "losses",
         "params",

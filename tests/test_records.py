@@ -20,9 +20,10 @@ import tiny
 from PIL import Image
 from tiny import names, write_folder
 
-from rmlib import figures, records, runs
+from rmlib import figures, params, records, runs
+from rmlib.notebooks import parameters_cell
 
-STEM, LATER = "99_toy", "98_later"
+STEM, LATER, ANNOTATED = "99_toy", "98_later", "01b_annotated_sets"
 pytestmark = pytest.mark.usefixtures("places")
 
 
@@ -458,3 +459,15 @@ def test_whole_records_and_those_of_other_chapters_and_presets_are_kept(finished
 def test_a_preset_without_results_has_nothing_to_forget(capsys):
     records.forget_broken("nobody")
     assert capsys.readouterr().err == ""
+
+
+def test_a_preset_s_results_are_not_replaced_by_those_of_other_values():
+    """``-p preset full`` alone takes the default's values; under its name only those of its own file may stand."""
+    file = runs.ROOT / "params" / "full" / f"{ANNOTATED}.yaml"
+    defaults = parameters_cell(runs.ROOT / "notebooks" / f"{ANNOTATED}.ipynb")
+    filed = params.read_yaml(ANNOTATED, file, defaults).model_dump()
+    with pytest.raises(params.ParameterError, match=f"not the values of .*full/{ANNOTATED}.yaml.*n_bands = 7 .there"):
+        records.Run(ANNOTATED, "full", filed | {"n_bands": 7})
+    assert not (runs.RESULTS / "full").exists()
+    assert records.Run(ANNOTATED, "full", filed).parameters == filed
+    assert records.Run(ANNOTATED, "mine", filed | {"n_bands": 7}).preset == "mine"
