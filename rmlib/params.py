@@ -325,15 +325,6 @@ def read_yaml(stem: str, path: Path, defaults: Mapping[str, object]) -> BaseMode
     return check(stem, {**defaults, **given}, source=str(path))
 
 
-def check_filed(stem: str, values: Mapping[str, object], filed: Mapping[str, object], path: Path) -> None:
-    """Raise :class:`ParameterError` naming the keys by which ``values`` differ from ``filed``, those of a file."""
-    if changed := [f"{key} = {values[key]!r} (there {filed[key]!r})" for key in filed if values[key] != filed[key]]:
-        advice = f"start from it with papermill's -f {path}, or give preset a name of your own"
-        raise ParameterError(
-            f"not the values of {path}, whose results these would replace: {', '.join(changed)}; {advice}"
-        )
-
-
 class _NoRepeats(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error rather than overwritten."""
 

@@ -191,11 +191,18 @@ def _write(record: dict, path: Path) -> None:
 
 
 def _check_filed(stem: str, preset: str, parameters: dict) -> None:
-    """Compare with what the preset's file sets, if it has one for this chapter."""
+    """Raise ``ParameterError`` naming the keys by which ``parameters`` differ from the preset's file, if it has one."""
     path = runs.ROOT / "params" / preset / f"{stem}.yaml"
     if path.exists():
         defaults = notebooks.parameters_cell(runs.ROOT / "notebooks" / f"{stem}.ipynb")
-        params.check_filed(stem, parameters, params.read_yaml(stem, path, defaults).model_dump(), path)
+        filed = params.read_yaml(stem, path, defaults).model_dump()
+        if changed := [
+            f"{key} = {parameters[key]!r} (there {filed[key]!r})" for key in filed if parameters[key] != filed[key]
+        ]:
+            problem = f"not the values of {path}, whose results these would replace: {', '.join(changed)}"
+            raise params.ParameterError(
+                f"{problem}; start from it with papermill's -f, or give preset a name of your own"
+            )
 
 
 def _commit() -> str:

@@ -6,6 +6,7 @@ step each, in one process on one thread, and writes ``steps.csv`` and the table 
 
 import json
 import re
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,6 +65,8 @@ def arms() -> dict[str, tuple[training.RewardRun, object]]:
 
 def main() -> None:
     """Train by turns and write what a step costs: median seconds, and the median ratio to the plain step beside it."""
+    if not (PRESET / "04_metarm" / "run.json").exists():
+        sys.exit(f"{PRESET} has no finished chapter 04: run `make book` first")
     torch.set_num_threads(1)
     machine, compared = Accelerator(cpu=True), arms()
     plain, _ = compared["plain"]
